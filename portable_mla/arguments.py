@@ -1,0 +1,196 @@
+"""DecodeArguments: the tensors of one decode call, checked from host attributes alone (no sync, no launch)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from portable_mla.cache_format import CacheFormat, cache_format_of
+from portable_mla.device import Arch, arch_of
+from portable_mla.metadata import PagedBatch
+from portable_mla.shape import Capacity, MLAShape, Phase, Request
+
+_Q_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class DecodeArguments:
+    """One decode call as the caller made it. Shapes as in `mla_decode`."""
+
+    q: Tensor
+    kv_cache: Tensor
+    batch: PagedBatch
+    latent_dim: int
+    softmax_scale: float
+    kv_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_tensors(self.q, self.kv_cache)
+        check_device("block_table", self.batch.block_table, self.kv_cache)
+        check_scale("softmax_scale", self.softmax_scale)
+        check_kv_scale(self.kv_scale, cache_format_of(self.kv_cache.dtype), arch_of(self.q.device))
+        shape = self.shape
+        if self.q.shape[2] != shape.qk_dim:
+            raise ValueError(f"q: expected last dimension {shape.qk_dim}, got {self.q.shape[2]}")
+        check_cache_row(self.kv_cache, shape)
+        check_q_dtype(self.q.dtype, shape.cache_format)
+        batch = self.batch
+        tokens = batch.size * batch.max_query_len
+        if batch.query_lens is None and self.q.shape[0] != tokens:
+            raise ValueError(
+                f"q: expected {tokens} tokens ({batch.size} requests x max_query_len {batch.max_query_len}), "
+                f"got {self.q.shape[0]}. Give query_lens for ragged queries"
+            )
+
+    @property
+    def shape(self) -> MLAShape:
+        """What the tensors say of the model."""
+        cache_format = cache_format_of(self.kv_cache.dtype)
+        rope_dim = 64 if cache_format is CacheFormat.fp8_656 else self.q.shape[2] - self.latent_dim
+        if self.latent_dim < 1 or rope_dim < 0:
+            raise ValueError(
+                f"latent_dim: expected 1 to {self.q.shape[2]} (q's last dimension is latent + rope), "
+                f"got {self.latent_dim}"
+            )
+        page_size = self.kv_cache.shape[1]
+        return MLAShape(self.q.shape[1], self.latent_dim, rope_dim, page_size, self.q.dtype, cache_format)
+
+    def request(self, deterministic: bool) -> Request:
+        """The tightest request that this call fits."""
+        batch, shape = self.batch, self.shape
+        capacity = Capacity(
+            max_batch=batch.size,
+            max_query_tokens=self.q.shape[0],
+            max_query_len=batch.max_query_len,
+            max_context=batch.block_table.shape[1] * shape.page_size,
+            max_pages=self.kv_cache.shape[0],
+            cache_bytes=span_bytes(self.kv_cache),
+        )
+        uniform = batch.query_lens is None
+        arch = arch_of(self.q.device)
+        return Request(arch, shape, Phase.decode, batch.max_query_len, uniform, deterministic, capacity)
+
+
+def check_tensors(q: Tensor, kv_cache: Tensor) -> None:
+    """q and kv_cache are 3-dimensional tensors of one device, dense in their last dimension."""
+    for name, tensor, dims in (
+        ("q", q, "[tokens, heads, latent + rope]"),
+        ("kv_cache", kv_cache, "[pages, page_size, row]"),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected {dims}, got shape {tuple(tensor.shape)}")
+        if tensor.shape[2] > 1 and tensor.stride(2) != 1:
+            raise ValueError(f"{name}: expected a last-dimension stride of 1, got strides {tensor.stride()}")
+    check_device("q", q, kv_cache)
+    if span_bytes(kv_cache) >= 2**63:
+        raise ValueError(f"kv_cache: spans 2**63 bytes or more, strides {kv_cache.stride()}")
+
+
+def check_device(name: str, tensor: Tensor, kv_cache: Tensor) -> None:
+    """`tensor` lives where the cache does."""
+    if tensor.device != kv_cache.device:
+        raise ValueError(f"{name}: is on {tensor.device}, kv_cache is on {kv_cache.device}; move them to one device")
+
+
+def check_scale(name: str, scale: float) -> None:
+    """A scale is said, finite and positive; there is no default, since 1/sqrt(latent + rope) is wrong for MLA."""
+    if isinstance(scale, bool) or not isinstance(scale, float | int):
+        raise ValueError(f"{name}: expected a positive float, got {scale!r}. It is (nope + rope)**-0.5 * mscale**2")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{name}: expected a positive finite float, got {scale}")
+
+
+def check_kv_scale(kv_scale: Tensor | None, cache_format: CacheFormat, arch: Arch) -> None:
+    """A per-tensor scale is given exactly where the format needs one, and in a flavour that the part reads."""
+    if cache_format in (CacheFormat.fp8_e4m3, CacheFormat.fp8_e4m3fnuz) and arch.float8 not in (
+        None,
+        cache_format.dtype,
+    ):
+        raise TypeError(
+            f"kv_cache: {arch.name} reads {arch.float8}, got {cache_format.dtype}. "
+            f"Convert with kv_cache.float().to({arch.float8}), rescaled to its range"
+        )
+    if not cache_format.needs_scale:
+        if kv_scale is not None:
+            raise ValueError(f"kv_scale: expected None for a {cache_format.name} cache, got {kv_scale}")
+        return
+    if kv_scale is None:
+        raise ValueError(f"kv_scale: kv_scale required for fp8 caches ({cache_format.name}), got None")
+    if kv_scale.numel() != 1 or kv_scale.dtype != torch.float32:
+        raise ValueError(f"kv_scale: expected one float32 value, got shape {tuple(kv_scale.shape)} of {kv_scale.dtype}")
+
+
+def check_cache_row(kv_cache: Tensor, shape: MLAShape) -> None:
+    """The cache's rows have the width that its format gives the geometry."""
+    if kv_cache.shape[2] != shape.row_width:
+        raise ValueError(
+            f"kv_cache: expected rows of {shape.row_width} for {shape.latent_dim} latent + {shape.rope_dim} rope in "
+            f"{shape.cache_format.name}, got {kv_cache.shape[2]}"
+        )
+
+
+def check_q_dtype(q_dtype: torch.dtype, cache_format: CacheFormat) -> None:
+    """q is of a supported dtype, and the cache's own unless the cache is quantised."""
+    if q_dtype not in _Q_DTYPES:
+        raise TypeError(f"q: expected a dtype of {', '.join(map(str, _Q_DTYPES))}, got {q_dtype}")
+    if not cache_format.quantised and q_dtype != cache_format.dtype:
+        raise TypeError(f"kv_cache: expected {q_dtype} like q, or an fp8 format, got {cache_format.dtype}")
+
+
+def check_outputs(q: Tensor, kv_cache: Tensor, latent_dim: int, out: Tensor, lse: Tensor) -> None:
+    """out and lse have the shape and dtype of the result and share no memory with each other or the inputs."""
+    for name, tensor, shape, dtype in (
+        ("out", out, (*q.shape[:2], latent_dim), q.dtype),
+        ("lse", lse, tuple(q.shape[:2]), torch.float32),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        check_device(name, tensor, kv_cache)
+        if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name}: expected a last-dimension stride of 1, got strides {tensor.stride()}")
+        if not _rows_are_apart(tensor):
+            raise ValueError(f"{name}: rows overlap one another, strides {tensor.stride()}")
+    for name, one, other_name, other in (
+        ("out", out, "kv_cache", kv_cache),
+        ("out", out, "q", q),
+        ("out", out, "lse", lse),
+        ("lse", lse, "kv_cache", kv_cache),
+        ("lse", lse, "q", q),
+    ):
+        if _overlap(one, other):
+            raise ValueError(f"{name}: shares memory with {other_name}, strides {one.stride()} and {other.stride()}")
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """Bytes from the first to the last element of a strided tensor."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _rows_are_apart(tensor: Tensor) -> bool:
+    """No element has two indices: sorted by stride, each dimension steps over the ones inside it."""
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False
+        extent += (size - 1) * stride
+    return True
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not (one.numel() and other.numel()):
+        return False
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    return one.data_ptr() < other.data_ptr() + span_bytes(other) and other.data_ptr() < one.data_ptr() + span_bytes(one)

@@ -1,0 +1,85 @@
+"""select and explain: which backend serves a request, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+
+from portable_mla.backend import Backend
+from portable_mla.errors import NoBackend
+from portable_mla.registry import BACKENDS, ORDER
+from portable_mla.shape import Request
+
+_LOG = logging.getLogger("portable_mla")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend that was asked, and every reason why it cannot serve; no reasons means that it can."""
+
+    name: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of dispatch to a request: every candidate in order of preference, and the one chosen."""
+
+    request: Request
+    candidates: tuple[Candidate, ...]
+    forced: bool = False
+
+    @property
+    def chosen(self) -> str | None:
+        """The first candidate without reasons; None if there is none."""
+        return next((candidate.name for candidate in self.candidates if not candidate.reasons), None)
+
+    def __str__(self) -> str:
+        lines = [str(self.request)]
+        for candidate in self.candidates:
+            verdict = "chosen" if candidate.name == self.chosen else "supported, comes after the chosen one"
+            lines.append(f"  {candidate.name}: {'; '.join(candidate.reasons) or verdict}")
+        return "\n".join(lines)
+
+
+def load(name: str) -> Backend:
+    """The backend called `name`; ValueError with the allowed names for any other."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    module, attribute = BACKENDS[name].split(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)
+    return backend
+
+
+def explain(request: Request, backend: str | None = None) -> Explanation:
+    """Ask every backend registered for the request's architecture, or only `backend`, which never falls back."""
+    order = ORDER[request.arch.name]
+    if backend is None:
+        return Explanation(request, tuple(_ask(name, request) for name in order))
+    load(backend)
+    if backend in order:
+        return Explanation(request, (_ask(backend, request),), forced=True)
+    reason = f"not registered for {request.arch.name}, whose backends are {', '.join(order)}"
+    return Explanation(request, (Candidate(backend, (reason,)),), forced=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def select(request: Request, backend: str | None = None) -> Backend:
+    """The best backend for `request`, or exactly `backend`.
+
+    Raises NoBackend, with the request and every reason, when none can serve.
+    """
+    explanation = explain(request, backend)
+    if explanation.chosen is None:
+        alone = " (it was asked for by name, so no other was tried)" if explanation.forced else ""
+        raise NoBackend(f"no backend can serve{alone}: {explanation}")
+    if explanation.chosen == "reference" and backend is None:
+        _LOG.warning("the reference serves this request, which is right but slow: %s", explanation)
+    return load(explanation.chosen)
+
+
+def _ask(name: str, request: Request) -> Candidate:
+    backend = load(name)
+    return Candidate(name, backend.reasons_unavailable() + backend.reasons_unsupported(request))

@@ -1,0 +1,25 @@
+"""The errors of this library that callers may want to tell apart; bad arguments are plain ValueError or TypeError."""
+
+
+class NoBackend(RuntimeError):
+    """No backend can serve a request, or the device is not supported; the message lists every reason."""
+
+
+class UnsupportedDevice(NoBackend):
+    """The device, or the named architecture, is one this library has no kernels for."""
+
+
+class PlanMismatch(ValueError):
+    """A call does not fit what was planned: names the field, the planned value and the one it got."""
+
+    def __init__(self, field: str, planned: object, got: object, hint: str) -> None:
+        super().__init__(f"{field}: planned {planned}, got {got}. {hint}")
+        self.field, self.planned, self.got = field, planned, got
+
+
+class CacheFull(RuntimeError):
+    """The page pool has too few free pages; nothing was allocated."""
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        super().__init__(f"needs {needed} pages, {free} of {total} are free; free a request or build a larger cache")
+        self.needed, self.free, self.total = needed, free, total

@@ -1,0 +1,80 @@
+"""Settings: every environment variable, typed, strict and documented; read when an attention is built or called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from portable_mla.device import ARCHS
+from portable_mla.registry import BACKENDS
+
+PREFIX = "PORTABLE_MLA_"
+_BOOLEANS = {"0": False, "false": False, "off": False, "1": True, "true": True, "on": True}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for. Explicit arguments win over it.
+
+    backend: serve every call with this backend or raise NoBackend; never falls back.
+    deterministic: as if every call said deterministic=True.
+    require: architecture that must be present, or the test run stops (a GPU job cannot pass by skipping).
+    hypothesis: property-test profile.
+    """
+
+    backend: str | None = None
+    deterministic: bool = False
+    require: str | None = None
+    hypothesis: str | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Settings of `environ` (default: os.environ).
+
+        Raises ValueError for an unknown PORTABLE_MLA_ variable or a value that is not allowed, listing what is.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for name, text in environ.items():
+            if not name.startswith(PREFIX):
+                continue
+            variable = VARIABLES.get(name)
+            if variable is None:
+                raise ValueError(f"{name}: unknown variable; allowed: {', '.join(VARIABLES)}")
+            if text.lower() not in variable.allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(variable.allowed)}, got {text!r}")
+            values[variable.field] = variable.parse(text.lower())
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: the Settings field it sets, its allowed values, and its line of the README table."""
+
+    field: str
+    allowed: tuple[str, ...]
+    default: str
+    doc: str
+    parse: Callable[[str], Any] = str
+
+
+VARIABLES: dict[str, Variable] = {
+    f"{PREFIX}BACKEND": Variable(
+        "backend", tuple(BACKENDS), "best supported", "serve every call with this backend, or raise `NoBackend`"
+    ),
+    f"{PREFIX}DETERMINISTIC": Variable(
+        "deterministic",
+        tuple(_BOOLEANS),
+        "0",
+        "a row's bits never depend on the rest of the batch",
+        _BOOLEANS.__getitem__,
+    ),
+    f"{PREFIX}REQUIRE": Variable(
+        "require", tuple(ARCHS), "unset", "tests: stop unless this architecture is present", str
+    ),
+    f"{PREFIX}HYPOTHESIS": Variable(
+        "hypothesis", ("dev", "ci", "nightly"), "dev, or ci where CI is set", "tests: property-test profile", str
+    ),
+}

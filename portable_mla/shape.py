@@ -1,0 +1,108 @@
+"""What a call looks like, as facts that hold no tensors: MLAShape, Capacity, Request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+
+import torch
+
+from portable_mla.cache_format import CacheFormat
+from portable_mla.device import Arch
+
+
+class Phase(Enum):
+    """decode: queries against the latent cache (absorbed). prefill: expanded per-head keys and values."""
+
+    decode = "decode"
+    prefill = "prefill"
+
+
+@dataclass(frozen=True)
+class MLAShape:
+    """One rank's view of a model's attention.
+
+    latent_dim and rope_dim are the two parts of a cache row (rope_dim may be 0); page_size is in tokens; nope_dim and
+    v_dim are the per-head widths of the expanded form, None where only absorbed decode is used.
+    Raises ValueError for values that are not positive.
+    """
+
+    heads: int
+    latent_dim: int
+    rope_dim: int
+    page_size: int
+    q_dtype: torch.dtype
+    cache_format: CacheFormat
+    nope_dim: int | None = None
+    v_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("heads", 1), ("latent_dim", 1), ("rope_dim", 0), ("page_size", 1)):
+            _at_least(name, getattr(self, name), least)
+        self.cache_format.row_width(self.latent_dim, self.rope_dim)
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of an absorbed query and of a dequantised cache row."""
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def row_width(self) -> int:
+        """Elements of one stored cache row."""
+        return self.cache_format.row_width(self.latent_dim, self.rope_dim)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Upper bounds that hold for the life of a plan: they size buffers, grids and captured graphs.
+
+    max_context: tokens of one request; max_pages: pages of one layer's cache; cache_bytes: bytes from the first to the
+    last byte of one layer's cache (kernels with 32-bit offsets refuse large ones).
+    """
+
+    max_batch: int
+    max_query_tokens: int
+    max_query_len: int
+    max_context: int
+    max_pages: int
+    cache_bytes: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _at_least(field.name, getattr(self, field.name), 0)
+        _at_least("max_query_len", self.max_query_len, 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a refusal or an order of backends may read. Hashable, and free of tensors, so that dispatch for
+    any architecture can be asked on any machine.
+
+    uniform_queries: every request of a batch has exactly max_query_len query tokens.
+    deterministic: a row's bits must not depend on the rest of the batch.
+    """
+
+    arch: Arch
+    shape: MLAShape
+    phase: Phase
+    max_query_len: int
+    uniform_queries: bool
+    deterministic: bool
+    capacity: Capacity
+
+    def __str__(self) -> str:
+        shape, queries = self.shape, "uniform" if self.uniform_queries else "ragged"
+        return (
+            f"{self.phase.value} on {self.arch.name}: {shape.heads} heads, latent {shape.latent_dim} + rope "
+            f"{shape.rope_dim}, page_size {shape.page_size}, q {str(shape.q_dtype).removeprefix('torch.')}, cache "
+            f"{shape.cache_format.name}, query_len <= {self.max_query_len} ({queries}), "
+            f"{'deterministic, ' if self.deterministic else ''}batch <= {self.capacity.max_batch}, "
+            f"context <= {self.capacity.max_context}"
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
