@@ -103,7 +103,7 @@ def _gpu_arch(index: int) -> Arch:
         shared_memory = int(properties.shared_memory_per_block)
     else:
         arch = arch_named(f"sm{properties.major}{properties.minor}")
-        shared_memory = int(properties.shared_memory_per_block_optin)
+        shared_memory = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
     units, wave = int(properties.multi_processor_count), int(properties.warp_size)
     return replace(arch, units=units, shared_memory=shared_memory, wave=wave)
 

@@ -6,13 +6,14 @@ Ops take tensors and scalars only, work under torch.compile(fullgraph=True) and 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from portable_mla.arguments import DecodeArguments, check_outputs, check_scale
+from portable_mla.arguments import DecodeArguments, check_device, check_outputs, check_scale
 from portable_mla.backend import DecodeInputs
 from portable_mla.dispatch import select
 from portable_mla.metadata import DecodeMetadata, PagedBatch
@@ -75,6 +76,8 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
     for name, tensor in (("q", q), ("kv_cache", kv_cache), ("block_table", block_table), ("kv_lens", kv_lens)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    for name, tensor in (("q", q), ("block_table", block_table), ("kv_lens", kv_lens)):
+        check_device(name, tensor, kv_cache)
     check_scale("softmax_scale", softmax_scale)
     scale = scale_tensor(kv_scale, q.device)
     batch = (block_table, kv_lens, query_lens, max_query_len)
@@ -106,13 +109,15 @@ class Planned(Protocol):
         ...
 
 
-# The only module state of the library: ops take ints, so a handle finds the attention that planned. Held weakly.
+# The only module state of the library: ops take ints, so a handle finds the attention that planned. Held weakly, and
+# never given twice, so that a compiled graph cannot meet another attention under its old handle.
 _PLANNED: weakref.WeakValueDictionary[int, Planned] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count(1)
 
 
 def register_planned(planned: Planned) -> int:
     """A handle for `decode_planned`, valid while `planned` lives."""
-    handle = max(_PLANNED.keys(), default=0) + 1
+    handle = next(_HANDLES)
     _PLANNED[handle] = planned
     return handle
 
@@ -135,20 +140,7 @@ def _decode_out(  # noqa: PLR0913 (the op's schema)
     batch = PagedBatch(block_table, kv_lens, query_lens, max_query_len)
     arguments = DecodeArguments(q, kv_cache, batch, latent_dim, softmax_scale, kv_scale)
     check_outputs(q, kv_cache, latent_dim, out, lse)
-    settings = Settings.from_env()
-    request = arguments.request(deterministic or settings.deterministic)
-    chosen = select(request, backend or settings.backend)
-    if q.shape[0] == 0:
-        return
-    if batch.size == 0:
-        out.zero_()
-        lse.fill_(-torch.inf)
-        return
-    if batch.device.type == "cpu":
-        batch.check_values(request.shape.page_size, kv_cache.shape[0], q.shape[0])
-    runner = chosen.bind(request)
-    runner.plan(DecodeMetadata.build(batch, chosen.needs(request)))
-    runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
+    _serve(arguments, out, lse, deterministic, backend)
 
 
 def _decode(  # noqa: PLR0913 (the op's schema)
@@ -164,10 +156,30 @@ def _decode(  # noqa: PLR0913 (the op's schema)
     deterministic: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    batch = (block_table, kv_lens, query_lens, max_query_len)
-    out, lse = _results(q, kv_cache, *batch, softmax_scale, latent_dim)
-    _decode_out(q, kv_cache, *batch, out, lse, softmax_scale, latent_dim, kv_scale, deterministic, backend)
+    batch = PagedBatch(block_table, kv_lens, query_lens, max_query_len)
+    arguments = DecodeArguments(q, kv_cache, batch, latent_dim, softmax_scale, kv_scale)
+    out, lse = q.new_empty((*q.shape[:2], latent_dim)), q.new_empty(q.shape[:2], dtype=torch.float32)
+    _serve(arguments, out, lse, deterministic, backend)
     return out, lse
+
+
+def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: bool, backend: str | None) -> None:
+    """Dispatch, plan and run one call."""
+    q, kv_cache, batch = arguments.q, arguments.kv_cache, arguments.batch
+    settings = Settings.from_env()
+    request = arguments.request(deterministic or settings.deterministic)
+    chosen = select(request, backend or settings.backend)
+    if q.shape[0] == 0:
+        return
+    if batch.size == 0:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        return
+    if batch.device.type == "cpu":
+        batch.check_values(request.shape.page_size, kv_cache.shape[0], q.shape[0])
+    runner = chosen.bind(request)
+    runner.plan(DecodeMetadata.build(batch, chosen.needs(request)))
+    runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=arguments.softmax_scale, kv_scale=arguments.kv_scale)
 
 
 def _results(  # noqa: PLR0913 (the op's schema)

@@ -37,11 +37,9 @@ class PagePool:
 
     def extend(self, request: Hashable, tokens: int) -> None:
         """Add `tokens` to a request. Raises CacheFull and changes nothing if there are too few pages."""
+        self._pages_for(tokens)
         total = self.kv_len(request) + tokens
-        needed = self._pages_for(total) - len(self._pages[request])
-        if tokens < 0:
-            raise ValueError(f"tokens: expected at least 0, got {tokens}")
-        self._pages[request] += self._take(needed)
+        self._pages[request] += self._take(self._pages_for(total) - len(self._pages[request]))
         self._tokens[request] = total
 
     def free(self, request: Hashable) -> None:

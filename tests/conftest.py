@@ -1,0 +1,84 @@
+"""Hardware markers, property-test profiles, and NaN in every torch.empty."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from portable_mla import Settings, UnsupportedDevice, arch_of
+from tests.targets import Target, local_targets
+
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile(
+    "ci", max_examples=150, deadline=None, suppress_health_check=_SLOW, derandomize=True, print_blob=True
+)
+settings.register_profile("nightly", max_examples=5000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
+settings.load_profile(Settings.from_env().hypothesis or ("ci" if os.environ.get("CI") else "dev"))
+
+_MARKERS = {
+    "gpu": "any supported GPU",
+    "cuda": "an NVIDIA GPU",
+    "rocm": "an AMD GPU",
+    **{name: name for name in ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx90a", "gfx942", "gfx950")},
+}
+
+
+def _local_arch() -> str:
+    try:
+        return arch_of("cuda" if torch.cuda.is_available() else "cpu").name
+    except UnsupportedDevice:
+        return "cpu"
+
+
+def _present(marker: str) -> bool:
+    arch = _local_arch()
+    kinds = {"gpu": arch != "cpu", "cuda": arch.startswith("sm"), "rocm": arch.startswith("gfx")}
+    return kinds.get(marker, arch == marker)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the hardware markers."""
+    for marker, needs in _MARKERS.items():
+        config.addinivalue_line("markers", f"{marker}: needs {needs}")
+
+
+def pytest_report_header() -> str:
+    """What this run can prove."""
+    targets = ", ".join(str(target) for target in local_targets())
+    return f"portable_mla: {_local_arch()}, required {Settings.from_env().require or '-'}, targets {targets}"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Stop where the required hardware is absent: a GPU job must not pass by skipping."""
+    required = Settings.from_env().require
+    if required and not _present(required):
+        pytest.exit(f"PORTABLE_MLA_REQUIRE={required}, but this machine is {_local_arch()}", returncode=3)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests for absent hardware, naming it."""
+    for item in items:
+        for marker in _MARKERS:
+            if item.get_closest_marker(marker) and not _present(marker):
+                item.add_marker(pytest.mark.skip(reason=f"needs {_MARKERS[marker]}; this is {_local_arch()}"))
+                break
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nan_filled_empty() -> Iterator[None]:
+    """torch.empty returns NaN, so that a value nobody wrote cannot pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", params=local_targets(), ids=str)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Every backend on every device of this machine."""
+    value: Target = request.param
+    return value

@@ -1,0 +1,86 @@
+"""Target: one backend on one device of this machine; every contract test runs on all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from portable_mla import UnsupportedDevice, arch_of, explain, mla_decode
+from portable_mla.arguments import DecodeArguments
+from portable_mla.backends import reference
+from portable_mla.registry import ORDER
+from tests import acceptance
+from tests.cases import Case, Problem, build
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend and the device that it runs on."""
+
+    device: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-on-{self.device}"
+
+    def accepts(self, case: Case, *, deterministic: bool = False) -> bool:
+        """Whether the backend serves the case, by its own word."""
+        problem = build(Case(**{**vars(case), "kv_lens": (0,) * len(case.kv_lens)}), self.device)
+        arguments = DecodeArguments(
+            problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
+        )
+        return explain(arguments.request(deterministic), self.backend).chosen is not None
+
+    def run(self, problem: Problem, *, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+        """Decode into results full of NaN."""
+        q = problem.q
+        out = torch.full((*q.shape[:2], problem.latent_dim), torch.nan, dtype=q.dtype, device=q.device)
+        lse = torch.full(q.shape[:2], torch.nan, dtype=torch.float32, device=q.device)
+        return self.run_into(problem, out, lse, deterministic=deterministic)
+
+    def run_into(
+        self, problem: Problem, out: Tensor, lse: Tensor, *, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Decode into the given results."""
+        batch = problem.batch
+        return mla_decode(
+            problem.q,
+            problem.kv_cache,
+            batch.block_table,
+            batch.kv_lens,
+            softmax_scale=problem.softmax_scale,
+            latent_dim=problem.latent_dim,
+            query_lens=batch.query_lens,
+            max_query_len=batch.max_query_len,
+            deterministic=deterministic,
+            backend=self.backend,
+            out=out,
+            lse=lse,
+        )
+
+    def solve(self, case: Case) -> tuple[Problem, Tensor, Tensor]:
+        """Build the case, decode it and hold the result to the acceptance rule."""
+        problem = build(case, self.device)
+        out, lse = self.run(problem)
+        acceptance.check(problem, out, lse)
+        return problem, out, lse
+
+    def golden(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """The reference's float64 answer."""
+        return reference.decode(
+            problem.inputs, problem.batch, latent_dim=problem.latent_dim, softmax_scale=problem.softmax_scale
+        )
+
+
+def local_targets() -> tuple[Target, ...]:
+    """Every registered backend on every kind of device of this machine."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = []
+    for device in devices:
+        try:
+            found += [Target(device, backend) for backend in ORDER[arch_of(device).name]]
+        except UnsupportedDevice:
+            continue
+    return tuple(found)

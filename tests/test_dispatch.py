@@ -1,0 +1,93 @@
+"""Dispatch: asked for any architecture from any machine, every reason kept, nothing falls back unasked."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from portable_mla import CacheFormat, Capacity, MLAShape, NoBackend, Phase, Request, arch_named, explain, select
+from portable_mla import dispatch as dispatch_module
+from portable_mla.device import ARCHS
+from portable_mla.models import MODELS
+from portable_mla.registry import BACKENDS, ORDER
+
+SHAPE = MLAShape(16, 512, 64, 64, torch.bfloat16, CacheFormat.bf16)
+CAPACITY = Capacity(8, 8, 1, 4096, 512, 1 << 30)
+
+
+def request(arch: str, shape: MLAShape = SHAPE, phase: Phase = Phase.decode) -> Request:
+    """A decode of DeepSeek-V3's TP8 rank."""
+    return Request(arch_named(arch), shape, phase, 1, True, False, CAPACITY)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_architecture_serves_every_model_of_the_zoo(arch: str) -> None:
+    for model in MODELS.values():
+        explanation = explain(request(arch, model.shape()))
+        assert explanation.chosen is not None
+        assert [candidate.name for candidate in explanation.candidates] == list(ORDER[arch])
+
+
+def test_the_cpu_backend_comes_before_the_reference() -> None:
+    assert explain(request("cpu")).chosen == "cpu"
+    assert [candidate.name for candidate in explain(request("cpu")).candidates] == ["cpu", "reference"]
+
+
+def test_a_refusal_lists_every_reason_and_quotes_both_sides() -> None:
+    shape = dataclasses.replace(SHAPE, cache_format=CacheFormat.fp8_e4m3)
+    explanation = explain(request("cpu", shape, Phase.prefill))
+    assert explanation.chosen is None
+    assert explanation.candidates[0].reasons == (
+        "needs phase decode, got prefill",
+        "needs a bf16, fp16 or fp32 cache, got fp8_e4m3",
+    )
+    assert explanation.candidates[1].reasons == ("needs phase decode, got prefill",)
+
+
+def test_no_backend_prints_the_request_and_every_reason() -> None:
+    with pytest.raises(NoBackend) as caught:
+        select(request("cpu", phase=Phase.prefill))
+    message = str(caught.value)
+    assert "prefill on cpu: 16 heads, latent 512 + rope 64, page_size 64" in message
+    assert "cpu: needs phase decode, got prefill" in message
+    assert "reference: needs phase decode, got prefill" in message
+
+
+def test_a_backend_asked_for_by_name_never_falls_back() -> None:
+    shape = dataclasses.replace(SHAPE, cache_format=CacheFormat.fp8_e4m3)
+    assert explain(request("cpu", shape)).chosen == "reference"
+    with pytest.raises(NoBackend, match="asked for by name.*\n.*needs a bf16, fp16 or fp32 cache"):
+        select(request("cpu", shape), "cpu")
+
+
+def test_a_backend_of_another_architecture_is_refused_with_the_ones_there_are() -> None:
+    with pytest.raises(NoBackend, match="not registered for sm90, whose backends are .*reference"):
+        select(request("sm90"), "cpu")
+
+
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="expected one of cpu, .*got 'flashmal'"):
+        select(request("cpu"), "flashmal")
+
+
+def test_the_reference_by_default_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    shape = dataclasses.replace(SHAPE, cache_format=CacheFormat.fp8_e4m3, page_size=33)
+    with caplog.at_level(logging.WARNING, "portable_mla"):
+        select(request("cpu", shape))
+    assert "right but slow" in caplog.text
+
+
+def test_selection_is_remembered() -> None:
+    select(request("cpu"))
+    before = dispatch_module.select.cache_info().hits
+    assert select(request("cpu")) is select(request("cpu"))
+    assert dispatch_module.select.cache_info().hits >= before + 2
+
+
+def test_every_registered_backend_loads_and_is_in_some_order() -> None:
+    for name in BACKENDS:
+        assert dispatch_module.load(name).reasons_unsupported(request("cpu")) is not None
+    assert {name for order in ORDER.values() for name in order} == set(BACKENDS)

@@ -1,0 +1,127 @@
+"""The edge grid: sizes at which attention kernels have failed in the field, one by one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests import acceptance
+from tests.cases import CONTENTS, Case, build
+from tests.targets import Target
+
+
+def solve(target: Target, case: Case) -> None:
+    """Decode the case and hold it to the rule; a refusal is a skip that says so."""
+    if not target.accepts(case):
+        pytest.skip(f"{target} refuses {case}")
+    target.solve(case)
+
+
+@pytest.mark.parametrize("kv_lens", [(0, 9, 33), (9, 0, 33), (9, 33, 0), (0, 0, 0), (0,)])
+@pytest.mark.parametrize("max_query_len", [1, 3])
+def test_empty_requests_give_zero_and_minus_infinity(
+    target: Target, kv_lens: tuple[int, ...], max_query_len: int
+) -> None:
+    solve(target, Case(kv_lens, max_query_len=max_query_len))
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("tail", [1, 2, 3, 4, -1])
+def test_context_ends_anywhere_in_a_page(target: Target, page_size: int, tail: int) -> None:
+    solve(target, Case((tail % page_size, page_size + tail, 5 * page_size + tail), page_size=page_size))
+
+
+@pytest.mark.parametrize("kv_len", [1, 2, 5, 7])
+def test_queries_that_precede_the_context_see_nothing(target: Target, kv_len: int) -> None:
+    solve(target, Case((kv_len, 40), max_query_len=8))
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16, 32, 48, 64, 128, 544])
+@pytest.mark.parametrize("content", ["needle", "fingerprint"])
+def test_any_page_size(target: Target, page_size: int, content: str) -> None:
+    solve(target, Case((page_size - 1, page_size, page_size + 1, 700), page_size=page_size, content=content))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5, 8, 12, 16, 17, 20, 32, 40, 48, 63, 64, 96, 126, 128])
+def test_any_number_of_heads(target: Target, heads: int) -> None:
+    solve(target, Case((130, 65), heads=heads, content="needle"))
+
+
+@pytest.mark.parametrize("query_len", range(1, 9))
+@pytest.mark.parametrize("heads", [5, 16])
+def test_any_number_of_query_tokens(target: Target, query_len: int, heads: int) -> None:
+    solve(target, Case((129, 70, query_len), heads=heads, max_query_len=query_len))
+
+
+@pytest.mark.parametrize("query_lens", [(2, 0), (1, 8, 1), (0, 0, 5), (3, 5, 7), (0, 0)])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_mixed_query_lengths_and_padding_rows(target: Target, query_lens: tuple[int, ...], padding: int) -> None:
+    lens = (65, 40, 129)[: len(query_lens)]
+    solve(target, Case(lens, query_lens=query_lens, max_query_len=8, padding=padding))
+
+
+@pytest.mark.parametrize("content", ["neg_extreme", "pos_extreme", "ties", "subnormal"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_extreme_logits(target: Target, content: str, dtype: str) -> None:
+    solve(target, Case((1, 64, 200), content=content, dtype=dtype, max_query_len=2))
+
+
+@pytest.mark.parametrize("geometry", [(512, 64), (512, 0), (256, 64), (256, 32), (128, 32)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_every_geometry_and_dtype(target: Target, geometry: tuple[int, int], dtype: str) -> None:
+    solve(target, Case((257, 31), latent_dim=geometry[0], rope_dim=geometry[1], dtype=dtype))
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("garbage", ["nan", "hot"])
+def test_every_kind_of_data_over_a_long_ragged_batch(target: Target, content: str, garbage: str) -> None:
+    solve(target, Case((2049, 1, 640, 0, 1500, 64, 63, 65, 500, 129), content=content, garbage=garbage, page_size=64))
+
+
+def test_only_the_result_is_written(target: Target) -> None:
+    case = Case((65, 0, 7), heads=3, query_lens=(2, 1, 0), max_query_len=2, padding=2)
+    problem = build(case, target.device)
+    tokens, heads = problem.q.shape[:2]
+    guard = torch.full((tokens + 4, heads, problem.latent_dim), 7.0, dtype=problem.q.dtype, device=problem.q.device)
+    guard_lse = torch.full((tokens + 4, heads), 7.0, device=problem.q.device)
+    inside = slice(2, tokens + 2)
+    acceptance.check(problem, *target.run_into(problem, guard[inside], guard_lse[inside]))
+    for outer in (guard, guard_lse):
+        assert bool((outer[:2] == 7).all())
+        assert bool((outer[-2:] == 7).all())
+
+
+@pytest.mark.parametrize(("chunk", "slab"), itertools.product((1, 32, 64, 300, 4096), (1, 3, 8)))
+def test_m5_the_cpu_backends_chunks_and_slabs_do_not_change_the_result(chunk: int, slab: int) -> None:
+    from portable_mla.arguments import DecodeArguments
+    from portable_mla.backends.cpu import CpuRunner
+    from portable_mla.metadata import DecodeMetadata
+
+    problem = build(Case((300, 1, 64, 0, 129), content="split_skew", max_query_len=2))
+    arguments = DecodeArguments(problem.q, problem.kv_cache, problem.batch, 512, problem.softmax_scale)
+    runner = CpuRunner(arguments.request(deterministic=False), chunk_tokens=chunk, slab_requests=slab)
+    runner.plan(DecodeMetadata.build(problem.batch, frozenset()))
+    out, lse = torch.empty_like(problem.q[..., :512]), torch.empty(problem.q.shape[:2])
+    runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
+    acceptance.check(problem, out, lse)
+
+
+def test_m7_a_request_alone_has_the_same_bits_as_in_any_batch_when_deterministic(target: Target) -> None:
+    problem = build(Case((300, 1, 64, 0, 129, 2000), heads=16, content="iid", max_query_len=2), target.device)
+    out, lse = target.run(problem, deterministic=True)
+    for request in range(len(problem.kv_lens)):
+        alone_out, alone_lse = target.run(problem.only(request), deterministic=True)
+        rows = slice(2 * request, 2 * request + 2)
+        assert torch.equal(alone_out, out[rows])
+        assert torch.equal(alone_lse, lse[rows])
+
+
+def test_m7_fails_without_determinism_so_it_is_not_vacuous() -> None:
+    case = Case((600, 500, 400, 300), heads=3, dtype="fp32", query_lens=(1, 8, 2, 1), max_query_len=8)
+    problem, target = build(case), Target("cpu", "cpu")
+    for deterministic in (False, True):
+        out, _ = target.run(problem, deterministic=deterministic)
+        parts = [target.run(problem.only(request), deterministic=deterministic)[0] for request in range(4)]
+        assert torch.equal(out, torch.cat(parts)) is deterministic
