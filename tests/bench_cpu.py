@@ -1,4 +1,4 @@
-"""Time the CPU backend against gathering the pages and calling scaled_dot_product_attention: python -m tests.bench_cpu"""
+"""Time the CPU backend against gathering pages and scaled_dot_product_attention: python -m tests.bench_cpu"""
 
 from __future__ import annotations
 

@@ -82,3 +82,10 @@ def target(request: pytest.FixtureRequest) -> Target:
     """Every backend on every device of this machine."""
     value: Target = request.param
     return value
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No PORTABLE_MLA_ variable is set."""
+    for name in [name for name in os.environ if name.startswith("PORTABLE_MLA_")]:
+        monkeypatch.delenv(name)

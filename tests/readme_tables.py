@@ -34,7 +34,7 @@ def rendered(text: str) -> str:
     """The README with its tables as the code has them."""
     for name, table in (("support matrix", support_matrix()), ("environment", environment())):
         block = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = block.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        text, count = block.subn(rf"\g<1>{table}\n\g<2>", text)
         assert count == 1, f"README.md has {count} blocks named {name!r}"
     return text
 

@@ -206,7 +206,9 @@ def test_m12_outputs_lie_between_the_values_seen(target: Target, case: Case) -> 
         for index in range(query_len):
             value = rows[: max(0, kv_len - query_len + index + 1), : problem.latent_dim].float()
             if len(value):
-                ulp = 2 * torch.finfo(out.dtype).eps * value.abs().amax(0)
+                # One rounding of the result; in fp32 the sums' own roundings show too.
+                roundings = 32 if out.dtype == torch.float32 else 2
+                ulp = roundings * torch.finfo(out.dtype).eps * value.abs().amax(0)
                 assert (mine[index] <= value.amax(0) + ulp).all()
                 assert (mine[index] >= value.amin(0) - ulp).all()
 

@@ -93,7 +93,7 @@ def test_only_the_result_is_written(target: Target) -> None:
         assert bool((outer[-2:] == 7).all())
 
 
-@pytest.mark.parametrize(("chunk", "slab"), itertools.product((1, 32, 64, 300, 4096), (1, 3, 8)))
+@pytest.mark.parametrize(("chunk", "slab"), list(itertools.product((1, 32, 64, 300, 4096), (1, 3, 8))))
 def test_m5_the_cpu_backends_chunks_and_slabs_do_not_change_the_result(chunk: int, slab: int) -> None:
     from portable_mla.arguments import DecodeArguments
     from portable_mla.backends.cpu import CpuRunner

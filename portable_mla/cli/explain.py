@@ -1,0 +1,119 @@
+"""explain: what dispatch answers to a request for any architecture, from any machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from portable_mla.arguments import check_kv_scale, check_q_dtype
+from portable_mla.cache_format import CacheFormat
+from portable_mla.cli.report import Section
+from portable_mla.device import Arch, arch_named, local_devices
+from portable_mla.dispatch import Candidate, Explanation, explain
+from portable_mla.models import model_named
+from portable_mla.settings import Settings
+from portable_mla.shape import Capacity, MLAShape, Phase, Request
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+T = TypeVar("T")
+DEFAULT_MODEL, DEFAULT_TENSOR_PARALLEL = "deepseek-v3", 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """A decode request in the words of the command line. arch None is this machine's best device; heads are those of
+    one rank, in place of the model's divided by tensor_parallel; cache_format None is the one of dtype."""
+
+    arch: str | None = None
+    model: str = DEFAULT_MODEL
+    tensor_parallel: int | None = None
+    heads: int | None = None
+    page_size: int = 64
+    dtype: str = "bf16"
+    cache_format: str | None = None
+    query_len: int = 1
+    ragged: bool = False
+    batch: int = 128
+    context: int = 4096
+    deterministic: bool = False
+
+    def request(self) -> Request:
+        """The request; ValueError or TypeError for a wrong word, UnsupportedDevice for a refused architecture."""
+        return self.request_for(best_local_arch() if self.arch is None else arch_named(self.arch))
+
+    def request_for(self, arch: Arch) -> Request:
+        """The request, asked for `arch`."""
+        shape = self.shape()
+        check_q_dtype(shape.q_dtype, shape.cache_format)
+        check_kv_scale(torch.ones(()) if shape.cache_format.needs_scale else None, shape.cache_format, arch)
+        pages = self.batch * math.ceil(self.context / shape.page_size)
+        row_bytes = shape.row_width * shape.cache_format.dtype.itemsize
+        capacity = Capacity(
+            max_batch=self.batch,
+            max_query_tokens=self.batch * self.query_len,
+            max_query_len=self.query_len,
+            max_context=self.context,
+            max_pages=pages,
+            cache_bytes=pages * shape.page_size * row_bytes,
+        )
+        return Request(arch, shape, Phase.decode, self.query_len, not self.ragged, self.deterministic, capacity)
+
+    def shape(self) -> MLAShape:
+        """One rank's shape."""
+        q_dtype = one_of("dtype", self.dtype, DTYPES)
+        formats = {cache_format.name: cache_format for cache_format in CacheFormat}
+        cache_format = one_of("cache_format", self.cache_format or self.dtype, formats)
+        model = model_named(self.model)
+        if self.heads is not None and self.tensor_parallel is not None:
+            raise ValueError(f"heads: expected --heads or --tp, not both, got {self.heads} and {self.tensor_parallel}")
+        ranks = self.tensor_parallel or (DEFAULT_TENSOR_PARALLEL if self.heads is None else 1)
+        shape = model.shape(tensor_parallel=ranks, page_size=self.page_size, q_dtype=q_dtype, cache_format=cache_format)
+        return shape if self.heads is None else replace(shape, heads=self.heads)
+
+
+def one_of(name: str, value: str, allowed: dict[str, T]) -> T:
+    """The entry of `allowed` called `value`; ValueError listing them for any other."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return allowed[value]
+
+
+def best_local_arch() -> Arch:
+    """The architecture of the first device of this machine that is supported; the CPU comes last."""
+    return next(device.arch for device in local_devices() if device.arch is not None)
+
+
+def answer(request: Request, settings: Settings, backend: str | None = None) -> Explanation:
+    """What dispatch says under these settings, as `MLAAttention` would ask it."""
+    request = replace(request, deterministic=request.deterministic or settings.deterministic)
+    return explain(request, backend or settings.backend)
+
+
+def verdict(candidate: Candidate, explanation: Explanation) -> str:
+    """One candidate's part of the answer."""
+    if candidate.reasons:
+        return f"refused: {'; '.join(candidate.reasons)}"
+    return "chosen" if candidate.name == explanation.chosen else "supported, comes after the chosen one"
+
+
+def as_section(explanation: Explanation) -> Section:
+    """The request and every candidate in order."""
+    rows = tuple((candidate.name, verdict(candidate, explanation)) for candidate in explanation.candidates)
+    return Section(str(explanation.request), ("backend", "verdict"), rows)
+
+
+def as_json(explanation: Explanation) -> dict[str, object]:
+    """The same as plain values."""
+    return {
+        "request": str(explanation.request),
+        "arch": explanation.request.arch.name,
+        "chosen": explanation.chosen,
+        "forced": explanation.forced,
+        "candidates": [
+            {"backend": candidate.name, "verdict": verdict(candidate, explanation), "reasons": list(candidate.reasons)}
+            for candidate in explanation.candidates
+        ],
+    }

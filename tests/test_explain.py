@@ -1,0 +1,94 @@
+"""portable-mla explain: any architecture from any machine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from portable_mla.registry import ORDER
+from tests.invoking import invoke, invoke_json
+
+pytestmark = pytest.mark.usefixtures("plain_environment")
+
+
+@pytest.mark.parametrize("arch", ["sm90", "sm120", "gfx942", "gfx950"])
+def test_explain_lists_every_candidate_of_an_architecture_in_order(arch: str) -> None:
+    values = invoke_json("explain", "--arch", arch)
+    assert tuple(candidate["backend"] for candidate in values["candidates"]) == ORDER[arch]
+    assert values["chosen"] in ORDER[arch]
+    assert values["request"].startswith(f"decode on {arch}: 16 heads, latent 512 + rope 64")
+
+
+@pytest.mark.parametrize("arch", ["sm90", "sm120", "gfx942", "gfx950"])
+def test_explain_reads_well_when_piped(arch: str) -> None:
+    result = invoke("explain", "--arch", arch)
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert lines[0].startswith(f"decode on {arch}: ")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == list(ORDER[arch])
+    assert sum(line.endswith(": chosen") for line in lines) == 1
+
+
+def test_explain_passes_every_option_into_the_request() -> None:
+    options = "--arch cpu --model minicpm3-4b --tp 4 --page-size 16 --query-len 3 --ragged --dtype fp16 --batch 9"
+    text = invoke_json("explain", *options.split(), "--context", "77", "--deterministic")["request"]
+    assert text == (
+        "decode on cpu: 10 heads, latent 256 + rope 32, page_size 16, q float16, cache fp16, query_len <= 3 (ragged), "
+        "deterministic, batch <= 9, context <= 77"
+    )
+
+
+def test_explain_takes_the_heads_of_a_rank_in_place_of_the_models() -> None:
+    assert "decode on cpu: 5 heads" in invoke("explain", "--arch", "cpu", "--heads", "5").stdout
+
+
+def test_explain_asks_for_a_quantised_cache() -> None:
+    result = invoke("explain", "--arch", "cpu", "--cache-format", "fp8_656")
+    assert "cpu: refused: needs a bf16, fp16 or fp32 cache, got fp8_656" in result.stdout
+
+
+@pytest.mark.parametrize("arch", ["gfx1200", "sm75", "mps", "sm999", "riscv"])
+def test_a_refused_architecture_exits_1_with_the_reason_and_what_is_supported(arch: str) -> None:
+    result = invoke("explain", "--arch", arch)
+    assert result.exit_code == 1
+    assert f"UnsupportedDevice: '{arch}' is not supported: " in result.stderr
+    assert "Supported: cpu, " in result.stderr
+
+
+def test_a_refusal_in_json_mode_is_a_json_object() -> None:
+    result = invoke("explain", "--arch", "gfx1200", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["kind"] == "UnsupportedDevice"
+
+
+def test_a_backend_that_cannot_serve_exits_1_with_its_reason() -> None:
+    result = invoke("explain", "--arch", "sm90", "--backend", "cpu")
+    assert result.exit_code == 1
+    assert "cpu: refused: not registered for sm90, whose backends are" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "gpt-5"), "model: expected one of deepseek-v2-lite, deepseek-v3"),
+        (("--tp", "7"), "expected one of 1, 2, 4, 8, 16, 32, 64, 128, got 7"),
+        (("--tp", "2", "--heads", "4"), "expected --heads or --tp, not both, got 4 and 2"),
+        (("--dtype", "int8"), "dtype: expected one of bf16, fp16, fp32, got 'int8'"),
+        (("--cache-format", "nf4"), "cache_format: expected one of bf16, fp16, fp32, fp8_e4m3, fp8_e4m3fnuz, fp8_656"),
+        (("--cache-format", "fp16"), "kv_cache: expected torch.bfloat16 like q"),
+        (("--arch", "gfx942", "--cache-format", "fp8_e4m3"), "gfx942 reads torch.float8_e4m3fnuz"),
+        (("--backend", "best"), "backend: expected one of cpu, "),
+    ],
+)
+def test_a_wrong_word_exits_2_and_lists_what_is_allowed(options: tuple[str, ...], message: str) -> None:
+    result = invoke("explain", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_an_invalid_environment_is_a_message_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTABLE_MLA_BACKEND", "best")
+    result = invoke("explain", "--arch", "cpu")
+    assert result.exit_code == 2
+    assert "error: PORTABLE_MLA_BACKEND: expected one of " in result.stderr
