@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 
 from portable_mla.backend import Backend
+from portable_mla.device import Vendor
 from portable_mla.errors import NoBackend
 from portable_mla.registry import BACKENDS, ORDER
 from portable_mla.shape import Request
@@ -44,21 +45,23 @@ class Explanation:
         return "\n".join(lines)
 
 
-def load(name: str) -> Backend:
-    """The backend called `name`; ValueError with the allowed names for any other."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    module, attribute = BACKENDS[name].split(":")
+def load(name: str, vendor: Vendor) -> Backend:
+    """The backend called `name`, for the architectures of `vendor`."""
+    module, attribute = BACKENDS[name].format(vendor=vendor).split(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)
     return backend
 
 
 def explain(request: Request, backend: str | None = None) -> Explanation:
-    """Ask every backend registered for the request's architecture, or only `backend`, which never falls back."""
+    """Ask every backend registered for the request's architecture, or only `backend`, which never falls back.
+
+    Raises ValueError with the known names for an unknown `backend`.
+    """
     order = ORDER[request.arch.name]
     if backend is None:
         return Explanation(request, tuple(_ask(name, request) for name in order))
-    load(backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in order:
         return Explanation(request, (_ask(backend, request),), forced=True)
     reason = f"not registered for {request.arch.name}, whose backends are {', '.join(order)}"
@@ -77,9 +80,9 @@ def select(request: Request, backend: str | None = None) -> Backend:
         raise NoBackend(f"no backend can serve{alone}: {explanation}")
     if explanation.chosen == "reference" and backend is None:
         _LOG.warning("the reference serves this request, which is right but slow: %s", explanation)
-    return load(explanation.chosen)
+    return load(explanation.chosen, request.arch.vendor)
 
 
 def _ask(name: str, request: Request) -> Candidate:
-    backend = load(name)
+    backend = load(name, request.arch.vendor)
     return Candidate(name, backend.reasons_unavailable() + backend.reasons_unsupported(request))

@@ -1,8 +1,9 @@
 """Which backends exist, and for each architecture their order, best first. Imports nothing: backends are named here
 as strings and loaded when asked for."""
 
-# name -> "module:attribute" of its Backend.
+# name -> "module:attribute" of its Backend; {vendor} is the architecture's.
 BACKENDS: dict[str, str] = {
+    "triton": "portable_mla.backends.{vendor}.triton:BACKEND",
     "cpu": "portable_mla.backends.cpu:BACKEND",
     "reference": "portable_mla.backends.reference:BACKEND",
 }
@@ -10,15 +11,15 @@ BACKENDS: dict[str, str] = {
 # The reference ends every row: right for any request, fast for none, and logged when it is chosen.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "sm80": ("reference",),
-    "sm86": ("reference",),
-    "sm89": ("reference",),
-    "sm90": ("reference",),
-    "sm100": ("reference",),
-    "sm103": ("reference",),
-    "sm120": ("reference",),
-    "sm121": ("reference",),
-    "gfx90a": ("reference",),
-    "gfx942": ("reference",),
-    "gfx950": ("reference",),
+    "sm80": ("triton", "reference"),
+    "sm86": ("triton", "reference"),
+    "sm89": ("triton", "reference"),
+    "sm90": ("triton", "reference"),
+    "sm100": ("triton", "reference"),
+    "sm103": ("triton", "reference"),
+    "sm120": ("triton", "reference"),
+    "sm121": ("triton", "reference"),
+    "gfx90a": ("triton", "reference"),
+    "gfx942": ("triton", "reference"),
+    "gfx950": ("triton", "reference"),
 }

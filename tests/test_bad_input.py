@@ -191,7 +191,7 @@ def test_a_page_id_outside_the_cache(page: int) -> None:
 
 
 def test_an_unknown_backend() -> None:
-    refused(ValueError, "backend: expected one of cpu, .*got 'nope'", backend="nope")
+    refused(ValueError, "backend: expected one of .*cpu, reference, got 'nope'", backend="nope")
 
 
 def test_nothing_that_can_serve_lists_every_backend() -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from portable_mla.cli import explain
 from portable_mla.cli.packages import PACKAGES, own_versions, state_of
 from portable_mla.cli.report import Section
-from portable_mla.device import Arch, LocalDevice, local_devices, runtime
+from portable_mla.device import ARCHS, Arch, LocalDevice, Vendor, local_devices, runtime
 from portable_mla.dispatch import load
-from portable_mla.registry import BACKENDS
+from portable_mla.registry import BACKENDS, ORDER
 from portable_mla.settings import VARIABLES, Settings
 
 SERVED_MODEL = "DeepSeek-V3 TP8 decode"
@@ -91,8 +91,9 @@ def _in_force(name: str) -> str:
 
 
 def _backend_state(name: str) -> str:
+    vendors: set[Vendor] = {ARCHS[arch].vendor for arch, order in ORDER.items() if name in order} or {"cpu"}
     try:
-        reasons = load(name).reasons_unavailable()
+        reasons = dict.fromkeys(reason for vendor in vendors for reason in load(name, vendor).reasons_unavailable())
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the doctor names a broken module, whatever it raises)
         return f"broken: {type(error).__name__}: {error}"
     return f"unavailable: {'; '.join(reasons)}" if reasons else "available"

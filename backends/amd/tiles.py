@@ -1,0 +1,40 @@
+"""Decode tiles of AMD Instinct GPUs, none of which spills on Triton 3.6.0.
+
+Comments: vector registers (of 512), LDS KB on gfx942 for the widest geometry of the row (Triton 3.6.0).
+"""
+
+from dataclasses import replace
+
+from portable_mla.backends.triton.tile import Rule, Tile, when
+
+_WIDE = Tile(64, 32, 4, 1, waves_per_eu=1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
+_MIDDLE = replace(_WIDE, block_h=32, num_stages=2)
+_NARROW = replace(_WIDE, block_h=16, num_stages=2)
+_SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
+
+# 64 KiB of LDS
+_GFX942 = (
+    # 455 regs, 64 KB, 136 16x16x16_bf16; 3.9: 371
+    Rule(when(latent_above=256, rows_above=32), _WIDE),
+    # 437 regs, 38 KB, 208 16x16x16_bf16; 3.9: 371
+    Rule(when(latent_above=256, rows_above=16), _MIDDLE),
+    # 348 regs, 36 KB, 264 16x16x16_bf16; 3.9: 310, 4 spilled
+    Rule(when(latent_above=256), _NARROW),
+    # 362 regs, 32 KB, 216 16x16x16_bf16; 3.9: 317
+    Rule(when(latent_above=128, rows_above=32), replace(_SMALL, block_h=64)),
+    # 284 regs, 22 KB, 168 16x16x16_bf16; 3.9: 252
+    Rule(when(latent_above=128, rows_above=16), replace(_SMALL, block_h=32)),
+    # 232 regs, 20 KB, 144 16x16x16_bf16; 3.9: 220
+    Rule(when(latent_above=128), replace(_SMALL, programs_per_unit=2)),
+    # 320 regs, 20 KB, 216 16x16x16_bf16; 3.9: 301
+    Rule(when(rows_above=32), replace(_SMALL, block_h=64, block_n=64)),
+    # 256 regs, 24 KB, 168 16x16x16_bf16; 3.9: 246
+    Rule(when(rows_above=16), replace(_SMALL, block_h=32, block_n=64)),
+    # 208 regs, 20 KB, 144 16x16x16_bf16; 3.9: 207
+    Rule(when(), replace(_SMALL, block_n=64, programs_per_unit=2)),
+)
+# 160 KiB of LDS; kpack has no effect
+_GFX950 = tuple(Rule(rule.when, replace(rule.tile, kpack=1)) for rule in _GFX942)
+# one L2 for all compute units of a die
+_GFX90A = tuple(Rule(rule.when, replace(rule.tile, kpack=1, num_xcds=1)) for rule in _GFX942)
+RULES = {"gfx90a": _GFX90A, "gfx942": _GFX942, "gfx950": _GFX950}

@@ -1,0 +1,1 @@
+"""Backends and tile rules of NVIDIA GPUs."""

@@ -1,0 +1,118 @@
+"""Decode tiles of NVIDIA GPUs.
+
+Comments: registers, bytes of stack where there are any, shared KB and matrix instructions of the widest geometry of the
+row on Triton 3.6.0, then on 3.9; microseconds are of an H100, bf16, page 64, at (batch, heads, context).
+"""
+
+from portable_mla.backends.triton.tile import Rule, Tile, when
+
+# mma.sync, 99 KB of shared memory: the tile of Q and two or three tiles of K
+_SM89 = (
+    # 195 regs, 91 KB, 88 HMMA; 3.9: 164
+    Rule(when(latent_above=256, rows_above=16), Tile(32, 16, 8, 4)),
+    # 186 regs, 91 KB, 68 HMMA; 3.9: 189
+    Rule(when(latent_above=256), Tile(16, 32, 4, 3)),
+    # 185 regs, 84 KB, 112 HMMA; 3.9: 171
+    Rule(when(latent_above=128, rows_above=32), Tile(64, 32, 8, 3)),
+    # 168 regs, 82 KB, 72 HMMA; 3.9: 168
+    Rule(when(latent_above=128, rows_above=16), Tile(32, 32, 4, 4)),
+    # 148 regs, 92 KB, 72 HMMA; 3.9: 167
+    Rule(when(latent_above=128), Tile(16, 64, 4, 3)),
+    # 164 regs, 88 KB, 72 HMMA; 3.9: 160
+    Rule(when(rows_above=32), Tile(64, 64, 8, 4)),
+    # 168 regs, 74 KB, 72 HMMA; 3.9: 168
+    Rule(when(rows_above=16), Tile(32, 64, 4, 4)),
+    # 126 regs, 67 KB, 36 HMMA; 3.9: 126
+    Rule(when(), Tile(16, 64, 4, 4)),
+)
+# mma.sync, 163 KB
+_SM80 = (
+    # 255 regs, 8 B, 148 KB, 208 HMMA; 3.9: 255, 8 B
+    Rule(when(latent_above=256, rows_above=32), Tile(64, 32, 8, 3)),
+    # 228 regs, 146 KB, 104 HMMA; 3.9: 218
+    Rule(when(latent_above=256, rows_above=16), Tile(32, 32, 8, 4)),
+    # 255 regs, 127 KB, 68 HMMA; 3.9: 248
+    Rule(when(latent_above=256), Tile(16, 32, 4, 4)),
+    # 246 regs, 128 KB, 144 HMMA; 3.9: 245
+    Rule(when(latent_above=128, rows_above=32), Tile(64, 64, 8, 3)),
+    # 252 regs, 144 KB, 144 HMMA; 3.9: 255
+    Rule(when(latent_above=128, rows_above=16), Tile(32, 64, 4, 4)),
+    # 168 regs, 132 KB, 72 HMMA; 3.9: 168
+    Rule(when(latent_above=128), Tile(16, 64, 4, 4)),
+    # 181 regs, 88 KB, 72 HMMA; 3.9: 171
+    Rule(when(rows_above=32), Tile(64, 64, 8, 4)),
+    # 168 regs, 74 KB, 72 HMMA; 3.9: 167
+    Rule(when(rows_above=16), Tile(32, 64, 4, 4, programs_per_unit=2)),
+    # 128 regs, 67 KB, 36 HMMA; 3.9: 128
+    Rule(when(), Tile(16, 64, 4, 4, programs_per_unit=2)),
+)
+# wgmma from 64 rows on, mma.sync below; 227 KB
+_SM90 = (
+    # 255 regs, 16 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B
+    Rule(when(latent_above=256, rows_above=32, whole_tiles=64), Tile(64, 64, 8, 2, "descriptor")),
+    # 255 regs, 32 B, 216 KB, 76 HGMMA; 3.9: 255, 400 B
+    Rule(when(latent_above=256, rows_above=32), Tile(64, 64, 8, 2)),
+    # 211 regs, 184 KB, 136 HMMA; 3.9: 209
+    Rule(when(latent_above=256, rows_above=16, whole_tiles=64), Tile(32, 64, 8, 3, "descriptor")),
+    # 173 regs, 184 KB, 136 HMMA; 3.9: 194
+    Rule(when(latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
+    # 197 regs, 91 KB, 68 HMMA; 3.9: 201
+    Rule(when(latent_above=256, whole_tiles=32), Tile(16, 32, 4, 3, "descriptor", programs_per_unit=2)),
+    # 168 regs, 8 B, 91 KB, 68 HMMA; 3.9: 181
+    Rule(when(latent_above=256), Tile(16, 32, 4, 3, programs_per_unit=2)),
+    # 255 regs, 200 KB, 44 HGMMA; 3.9: 252
+    Rule(when(latent_above=128, rows_above=32, whole_tiles=64), Tile(64, 64, 8, 4, "descriptor")),
+    # 255 regs, 200 KB, 44 HGMMA; 3.9: 255, 72 B
+    Rule(when(latent_above=128, rows_above=32), Tile(64, 64, 8, 4)),
+    # 243 regs, 104 KB, 144 HMMA; 3.9: 242
+    Rule(when(latent_above=128, rows_above=16), Tile(32, 64, 4, 3, programs_per_unit=2)),
+    # 147 regs, 92 KB, 72 HMMA; 3.9: 145
+    Rule(when(latent_above=128), Tile(16, 64, 4, 3, programs_per_unit=2)),
+    # 229 regs, 100 KB, 14 HGMMA; 3.9: 217
+    Rule(when(rows_above=32, whole_tiles=64), Tile(64, 64, 4, 4, "descriptor", programs_per_unit=2)),
+    # 245 regs, 100 KB, 14 HGMMA; 3.9: 249
+    Rule(when(rows_above=32), Tile(64, 64, 4, 4, programs_per_unit=2)),
+    # 168 regs, 74 KB, 72 HMMA; 3.9: 167
+    Rule(when(rows_above=16), Tile(32, 64, 4, 4, programs_per_unit=2)),
+    # 128 regs, 67 KB, 36 HMMA; 3.9: 100
+    Rule(when(), Tile(16, 64, 4, 4, programs_per_unit=2)),
+)
+# 227 KB; mma.sync on purpose: pipelined tcgen05 tiles of 64 rows spill hundreds of bytes inside the loop
+_SM100 = (
+    # 212 regs, 184 KB, 136 HMMA; 3.9: 212
+    Rule(when(latent_above=256, rows_above=16, whole_tiles=64), Tile(32, 64, 8, 3, "descriptor")),
+    # 194 regs, 184 KB, 136 HMMA; 3.9: 194
+    Rule(when(latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
+    # 198 regs, 91 KB, 68 HMMA; 3.9: 198
+    Rule(when(latent_above=256, whole_tiles=32), Tile(16, 32, 4, 3, "descriptor", programs_per_unit=2)),
+    # 179 regs, 91 KB, 68 HMMA; 3.9: 176
+    Rule(when(latent_above=256), Tile(16, 32, 4, 3, programs_per_unit=2)),
+    # 226 regs, 104 KB, 144 HMMA; 3.9: 184
+    Rule(when(latent_above=128, rows_above=16), Tile(32, 64, 4, 3, programs_per_unit=2)),
+    # 144 regs, 92 KB, 72 HMMA; 3.9: 172
+    Rule(when(latent_above=128), Tile(16, 64, 4, 3, programs_per_unit=2)),
+    # 168 regs, 74 KB, 72 HMMA; 3.9: 168
+    Rule(when(rows_above=16), Tile(32, 64, 4, 4, programs_per_unit=2)),
+    # 128 regs, 67 KB, 36 HMMA; 3.9: 98
+    Rule(when(), Tile(16, 64, 4, 4, programs_per_unit=2)),
+)
+# mma.sync, 99 KB, descriptor loads
+_SM120 = (
+    # 207 regs, 8 B, 91 KB, 88 HMMA; 3.9: 183
+    Rule(when(latent_above=256, rows_above=16, whole_tiles=16), Tile(32, 16, 8, 4, "descriptor")),
+    # 211 regs, 91 KB, 88 HMMA; 3.9: 163
+    Rule(when(latent_above=256, rows_above=16), Tile(32, 16, 8, 4)),
+    # 228 regs, 8 B, 91 KB, 68 HMMA; 3.9: 199
+    Rule(when(latent_above=256, whole_tiles=32), Tile(16, 32, 4, 3, "descriptor")),
+    *_SM89[1:],
+)
+RULES = {
+    "sm80": _SM80,
+    "sm86": _SM89,
+    "sm89": _SM89,
+    "sm90": _SM90,
+    "sm100": _SM100,
+    "sm103": _SM100,
+    "sm120": _SM120,
+    "sm121": _SM120,
+}

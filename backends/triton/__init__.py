@@ -1,0 +1,1 @@
+"""Triton kernels that serve both vendors, and their launcher."""

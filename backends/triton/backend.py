@@ -1,0 +1,67 @@
+"""TritonBackend: when the portable Triton kernels serve, and with which tile."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from portable_mla.backend import Runner
+from portable_mla.backends.triton.tile import Rule, TileRequest, choose_tile
+from portable_mla.cache_format import CacheFormat
+from portable_mla.metadata import Form
+from portable_mla.shape import Phase, Request
+
+GEOMETRIES = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # latent, rope: those the compile gate covers
+MAX_HEADS, MAX_QUERY_LEN = 128, 8
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Split-KV decode in plain Triton, for the architectures of one vendor that have tile rules."""
+
+    rules: Mapping[str, Sequence[Rule]]
+
+    def reasons_unavailable(self) -> tuple[str, ...]:
+        """Triton comes with torch's GPU builds; elsewhere it is an extra."""
+        if importlib.util.find_spec("triton") is None:
+            return ("needs the package triton (pip install portable-mla[triton]; ROCm's torch brings its own)",)
+        return ()
+
+    def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
+        """Geometries, dtypes and sizes that the kernels are compiled and tested for."""
+        shape = request.shape
+        geometry = (shape.latent_dim, shape.rope_dim)
+        known = ", ".join(f"{latent}+{rope}" for latent, rope in GEOMETRIES)
+        formats = (CacheFormat.bf16, CacheFormat.fp16)
+        checks = (
+            (request.phase is Phase.decode, f"needs phase decode, got {request.phase.value}"),
+            (request.arch.name in self.rules, f"needs tile rules, {request.arch.name} has none"),
+            (geometry in GEOMETRIES, f"needs latent+rope of {known}, got {geometry[0]}+{geometry[1]}"),
+            (shape.cache_format in formats, f"needs a bf16 or fp16 cache, got {shape.cache_format.name}"),
+            (shape.q_dtype in (torch.bfloat16, torch.float16), f"needs bf16 or fp16 queries, got {shape.q_dtype}"),
+            (shape.heads <= MAX_HEADS, f"needs at most {MAX_HEADS} heads, got {shape.heads}"),
+            (
+                request.max_query_len <= MAX_QUERY_LEN,
+                f"needs at most {MAX_QUERY_LEN} query tokens a request, got {request.max_query_len}",
+            ),
+            (not request.deterministic, "needs deterministic off: where a context is split depends on the batch"),
+        )
+        return tuple(reason for holds, reason in checks if not holds)
+
+    def needs(self, request: Request) -> frozenset[Form]:
+        """Page tables are walked in place; the plan starts from query_indptr."""
+        return frozenset({Form.block_table, Form.query_indptr})
+
+    def bind(self, request: Request) -> Runner:
+        """A runner; its buffers are allocated by the first plan, on the device of the batch, and stay."""
+        from portable_mla.backends.triton.runner import TritonRunner
+
+        shape = request.shape
+        rows = shape.heads * request.max_query_len
+        tile = choose_tile(
+            self.rules[request.arch.name], TileRequest(rows, shape.latent_dim, shape.rope_dim, shape.page_size)
+        )
+        return TritonRunner(request, tile)

@@ -1,0 +1,64 @@
+"""Merges the partial results of split requests; writes the rows that saw nothing and the padding rows."""
+
+import triton
+import triton.language as tl
+
+LN_2 = tl.constexpr(0.6931471805599453)
+NO_SPLIT = tl.constexpr(-1)
+START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never form inf - inf
+
+
+@triton.jit(do_not_specialize=["heads", "max_rows"])
+def combine_kernel(
+    token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi (-1: already final), index in the request, unused
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32
+    partial_lse_ptr,  # [slots, max_rows] float32, base 2
+    out_ptr,  # [tokens, heads, LATENT]
+    lse_ptr,  # [tokens, heads] float32, natural log
+    heads,
+    max_rows,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    stride_lse_head,
+    LATENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program merges BLOCK_D columns of BLOCK_R heads of one token, BLOCK_S splits at a time."""
+    token = tl.program_id(0)
+    first_head = (tl.program_id(1) // (LATENT // BLOCK_D)) * BLOCK_R
+    first_column = (tl.program_id(1) % (LATENT // BLOCK_D)) * BLOCK_D
+    slot_lo = tl.load(token_slots_ptr + token * 4)
+    slot_hi = tl.load(token_slots_ptr + token * 4 + 1)
+    if slot_hi != NO_SPLIT:
+        head = first_head + tl.arange(0, BLOCK_R)
+        row_valid = head < heads
+        row = tl.load(token_slots_ptr + token * 4 + 2) * heads + head
+        column = first_column + tl.arange(0, BLOCK_D)
+        largest = tl.full([BLOCK_R], START_MAX, tl.float32)
+        acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        for first in range(slot_lo, slot_hi, BLOCK_S):
+            slot = first + tl.arange(0, BLOCK_S)
+            slot_row = slot.to(tl.int64)[:, None] * max_rows + row[None, :]
+            mask = (slot < slot_hi)[:, None] & row_valid[None, :]
+            lse = tl.load(partial_lse_ptr + slot_row, mask=mask, other=float("-inf"))
+            slot_row_ptr = partial_out_ptr + slot_row * LATENT
+            part = tl.load(slot_row_ptr[:, :, None] + column[None, None, :], mask=mask[:, :, None], other=0.0)
+            new_largest = tl.maximum(largest, tl.max(lse, 0))
+            rescale = tl.exp2(largest - new_largest)
+            weight = tl.exp2(lse - new_largest[None, :])
+            acc = acc * rescale[:, None] + tl.sum(part * weight[:, :, None], 0)
+            total = total * rescale + tl.sum(weight, 0)
+            largest = new_largest
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        out_row = token.to(tl.int64) * stride_out_token + head.to(tl.int64) * stride_out_head
+        result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_row[:, None] + column[None, :], result, mask=row_valid[:, None])
+        if first_column == 0:
+            lse_row = token.to(tl.int64) * stride_lse_token + head.to(tl.int64) * stride_lse_head
+            lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
+            tl.store(lse_ptr + lse_row, lse, mask=row_valid)

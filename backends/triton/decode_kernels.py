@@ -1,0 +1,231 @@
+"""The split-KV decode kernel of absorbed MLA: scores, softmax and the weighted sum over one read of each latent row."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+ITEM_FIELDS = tl.constexpr(8)
+START_MAX = tl.constexpr(-1.0e30)  # finite, so that masked rows never form inf - inf
+
+
+@triton.jit
+def _grouped_program_id(NUM_XCDS: tl.constexpr):
+    """Program index under which neighbours share an L2: AMD deals consecutive workgroups over its XCDs in turn."""
+    pid = tl.program_id(0)
+    if NUM_XCDS == 1:
+        return pid
+    programs = tl.num_programs(0)
+    per_xcd = programs // NUM_XCDS
+    longer = programs % NUM_XCDS
+    xcd = pid % NUM_XCDS
+    return xcd * per_xcd + tl.minimum(xcd, longer) + pid // NUM_XCDS
+
+
+@triton.jit
+def _load_query(q_row_ptr, row_valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    column = FIRST + tl.arange(0, WIDTH)
+    return tl.load(q_row_ptr[:, None] + column[None, :], mask=row_valid[:, None], other=0.0)
+
+
+@triton.jit
+def _load_pages(table_row_ptr, tile, tile_hi, kv_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page of the tile, or of each of its positions where pages are smaller. Cells past the end are never read."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        return tl.load(table_row_ptr + tile * BLOCK_N // PAGE_SIZE, mask=tile < tile_hi, other=0)
+    else:
+        position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        end = tl.where(tile < tile_hi, kv_len, 0)
+        return tl.load(table_row_ptr + position // PAGE_SIZE, mask=position < end, other=0)
+
+
+@triton.jit
+def _key_rows(page, tile, kv_len, stride_kv_page, stride_kv_slot, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions, validity and cache offsets of the keys of one tile."""
+    position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = position % PAGE_SIZE
+    if PAGE_SIZE % BLOCK_N == 0:
+        slot = tile * BLOCK_N % PAGE_SIZE + tl.arange(0, BLOCK_N)
+    offset = page.to(tl.int64) * stride_kv_page + slot.to(tl.int64) * stride_kv_slot
+    return position, position < kv_len, offset
+
+
+@triton.jit
+def _load_key(kv_ptr, offset, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    column = FIRST + tl.arange(0, WIDTH)
+    return tl.load((kv_ptr + offset)[:, None] + column[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def _described_rows(tile, kv_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First slot, in its page, of one tile for a descriptor load, and the positions its rows hold.
+
+    The last tile slides back to end at kv_len, so that no slot past the end is read. Rows it shares with the tile
+    before are masked; rows before the page are out of the descriptor's bounds and arrive as zeros.
+    """
+    first = tl.minimum(tile * BLOCK_N, kv_len - BLOCK_N)
+    slot = first - tile * BLOCK_N // PAGE_SIZE * PAGE_SIZE
+    position = first + tl.arange(0, BLOCK_N)
+    position = tl.where(position >= tile * BLOCK_N, position, kv_len)
+    return slot, position
+
+
+@triton.jit
+def _fold_tile(acc, row_sum, row_max, scores, value):
+    """One online-softmax step on base-2 scores."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    rescale = tl.exp2(row_max - new_max)
+    weights = tl.exp2(scores - new_max[:, None])
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    acc = acc * rescale[:, None]
+    acc = tl.dot(weights.to(value.dtype), value, acc)
+    return acc, row_sum, new_max
+
+
+@triton.jit
+def _attend(
+    q_latent, q_rope, kv_ptr, latent_desc, rope_desc, table_row_ptr, tile_lo, tile_hi, kv_len, row_limit, scale,
+    stride_kv_page, stride_kv_slot,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised output, sum and base-2 maximum of one row tile over the KV tiles [tile_lo, tile_hi)."""
+    row_max = tl.full([BLOCK_H], START_MAX, tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
+    page = _load_pages(table_row_ptr, tile_lo, tile_hi, kv_len, PAGE_SIZE, BLOCK_N)
+    for tile in tl.range(tile_lo, tile_hi, num_stages=NUM_STAGES):
+        # the page of the next tile is asked for one step ahead: loads that wait for a load would cost pipeline stages
+        next_page = _load_pages(table_row_ptr, tile + 1, tile_hi, kv_len, PAGE_SIZE, BLOCK_N)
+        if DESCRIPTORS:
+            slot, position = _described_rows(tile, kv_len, PAGE_SIZE, BLOCK_N)
+            latent = latent_desc.load([page, slot, 0]).reshape(BLOCK_N, LATENT)
+        else:
+            position, valid, offset = _key_rows(page, tile, kv_len, stride_kv_page, stride_kv_slot, PAGE_SIZE, BLOCK_N)
+            latent = _load_key(kv_ptr, offset, valid, 0, LATENT)
+        scores = tl.dot(q_latent, tl.trans(latent))
+        if ROPE > 0:
+            if DESCRIPTORS:
+                rope = rope_desc.load([page, slot, LATENT]).reshape(BLOCK_N, ROPE)
+            else:
+                rope = _load_key(kv_ptr, offset, valid, LATENT, ROPE)
+            scores = tl.dot(q_rope, tl.trans(rope), scores)
+        scores = tl.where(position[None, :] < row_limit[:, None], scores * scale, float("-inf"))
+        acc, row_sum, row_max = _fold_tile(acc, row_sum, row_max, scores, latent)
+        page = next_page
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _item_rows(item_ptr, first_row, HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Row, query token, head and validity of each row of the tile.
+
+    Read from the item before and again (hence volatile) after the KV loop: row addresses kept through the loop would
+    spill. The last field of an item is 0, which the compiler does not know: it cannot hoist them out of the item loop.
+    """
+    query_start = tl.load(item_ptr + 5, volatile=True)
+    query_len = tl.load(item_ptr + 6, volatile=True)
+    row = tl.load(item_ptr + 7, volatile=True) + first_row + tl.arange(0, BLOCK_H)
+    token = row // HEADS
+    return row, query_start + token, row - token * HEADS, token < query_len
+
+
+@triton.jit
+def _write_final(
+    acc, log2_sum, token, head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head, stride_lse_token,
+    stride_lse_head, LATENT: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, LATENT)
+    out_row_ptr = out_ptr + token.to(tl.int64) * stride_out_token + head.to(tl.int64) * stride_out_head
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_row_ptr[:, None] + column[None, :], out, mask=row_valid[:, None])
+    lse_row = token.to(tl.int64) * stride_lse_token + head.to(tl.int64) * stride_lse_head
+    tl.store(lse_ptr + lse_row, log2_sum * LN_2, mask=row_valid)
+
+
+@triton.jit
+def _write_partial(
+    acc, log2_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_lse_ptr, LATENT: tl.constexpr
+):
+    column = tl.arange(0, LATENT)
+    slot_row = slot.to(tl.int64) * max_rows + row
+    tl.store((partial_out_ptr + slot_row * LATENT)[:, None] + column[None, :], acc, mask=row_valid[:, None])
+    tl.store(partial_lse_ptr + slot_row, log2_sum, mask=row_valid)
+
+
+@triton.jit(do_not_specialize=["max_rows", "stride_table"])
+def decode_kernel(
+    q_ptr,  # [tokens, HEADS, LATENT + ROPE]
+    kv_ptr,  # [pages, PAGE_SIZE, LATENT + ROPE]
+    latent_desc,  # descriptor of kv, block [1, BLOCK_N, LATENT], or None
+    rope_desc,  # descriptor of kv, block [1, BLOCK_N, ROPE], or None
+    table_ptr,  # [batch, width] int32
+    part_indptr_ptr,  # [parts + 1] int32
+    items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, unused
+    out_ptr,  # [tokens, HEADS, LATENT]
+    lse_ptr,  # [tokens, HEADS] float32, natural log
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32
+    partial_lse_ptr,  # [slots, max_rows] float32, base 2
+    softmax_scale,
+    max_rows,
+    stride_q_token,
+    stride_q_head,
+    stride_kv_page,
+    stride_kv_slot,
+    stride_table,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    stride_lse_head,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    NUM_XCDS: tl.constexpr,
+):
+    """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
+    pid = _grouped_program_id(NUM_XCDS)
+    part = pid // ROW_TILES
+    first_row = (pid % ROW_TILES) * BLOCK_H
+    item_lo = tl.load(part_indptr_ptr + part)
+    item_hi = tl.load(part_indptr_ptr + part + 1)
+    for index in range(item_lo, item_hi):
+        item_ptr = items_ptr + index * ITEM_FIELDS
+        request = tl.load(item_ptr)
+        tile_lo = tl.load(item_ptr + 1)
+        tile_hi = tl.load(item_ptr + 2)
+        kv_len = tl.load(item_ptr + 4)
+        query_start = tl.load(item_ptr + 5)
+        query_len = tl.load(item_ptr + 6)
+        tile_hi = tl.where(first_row < query_len * HEADS, tile_hi, tile_lo)
+
+        _, token, head, row_valid = _item_rows(item_ptr, first_row, HEADS, BLOCK_H)
+        q_row_ptr = q_ptr + token.to(tl.int64) * stride_q_token + head.to(tl.int64) * stride_q_head
+        q_latent = _load_query(q_row_ptr, row_valid, 0, LATENT)
+        q_rope = q_latent
+        if ROPE > 0:
+            q_rope = _load_query(q_row_ptr, row_valid, LATENT, ROPE)
+        acc, row_sum, row_max = _attend(
+            q_latent, q_rope, kv_ptr, latent_desc, rope_desc, table_ptr + request.to(tl.int64) * stride_table,
+            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, softmax_scale * LOG2_E,
+            stride_kv_page, stride_kv_slot, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS,
+        )  # fmt: skip
+
+        empty = row_sum == 0.0
+        row_sum = tl.where(empty, 1.0, row_sum)
+        acc = acc / row_sum[:, None]
+        log2_sum = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
+        row, token, head, row_valid = _item_rows(item_ptr, first_row, HEADS, BLOCK_H)
+        slot = tl.load(item_ptr + 3)
+        if slot < 0:
+            _write_final(
+                acc, log2_sum, token, head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head,
+                stride_lse_token, stride_lse_head, LATENT,
+            )  # fmt: skip
+        else:
+            _write_partial(acc, log2_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_lse_ptr, LATENT)

@@ -1,0 +1,103 @@
+"""Tile: how one decode launch is shaped on one GPU. Rule: when a tile is used. First match wins."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape and the launch options of one decode launch."""
+
+    block_h: int  # rows (query token x head) of one program
+    block_n: int  # KV positions of one step
+    num_warps: int
+    num_stages: int
+    loads: Literal["pointer", "descriptor"] = "pointer"
+    programs_per_unit: int = 1  # resident programs on one SM or CU, the plan's parts are sized by it
+    min_tokens: int = 128  # a part shorter than this is not worth its partial result
+    waves_per_eu: int = 0  # AMD only, as the three fields below
+    matrix_instr_nonkdim: int = 0
+    kpack: int = 1
+    num_xcds: int = 1
+
+    @property
+    def min_tiles(self) -> int:
+        """Tiles of the shortest part."""
+        return max(self.min_tokens // self.block_n, 2)
+
+
+@dataclass(frozen=True)
+class TileRequest:
+    """What a rule may look at."""
+
+    rows: int  # heads * max_query_len
+    latent_dim: int
+    rope_dim: int
+    page_size: int
+    descriptors: bool = True  # cache strides and address allow tensor descriptors
+
+    def whole_tiles(self, block_n: int) -> bool:
+        """Whether tiles of block_n positions never cross a page, as descriptor loads need."""
+        return self.descriptors and self.page_size % block_n == 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A tile, and the requests that it is for."""
+
+    when: Callable[[TileRequest], bool]
+    tile: Tile
+
+
+def when(*, rows_above: int = 0, latent_above: int = 0, whole_tiles: int = 0) -> Callable[[TileRequest], bool]:
+    """A rule's condition: more rows than, a latent wider than, and pages that tiles of this length never cross."""
+
+    def matches(request: TileRequest) -> bool:
+        wide = request.rows > rows_above and request.latent_dim > latent_above
+        return wide and (whole_tiles == 0 or request.whole_tiles(whole_tiles))
+
+    return matches
+
+
+def choose_tile(rules: Sequence[Rule], request: TileRequest) -> Tile:
+    """The tile of the first rule that matches. Raises LookupError if none does: every table ends in a catch-all."""
+    for rule in rules:
+        if rule.when(request):
+            return rule.tile
+    raise LookupError(f"no tile rule matches {request}")
+
+
+def row_tiles(rows: int, tile: Tile) -> int:
+    """Row tiles of one request."""
+    return -(-rows // tile.block_h)
+
+
+def count_parts(rows: int, tile: Tile, units: int) -> int:
+    """Parts of the split plan, so that parts * row tiles fill the GPU once."""
+    return max(units * tile.programs_per_unit // row_tiles(rows, tile), 1)
+
+
+def amd_options(tile: Tile) -> dict[str, int]:
+    """Launch options that only AMD's compiler takes."""
+    return {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": tile.matrix_instr_nonkdim, "kpack": tile.kpack}
+
+
+@dataclass(frozen=True)
+class CombineTile:
+    """The shape of one combine launch."""
+
+    block_d: int  # columns
+    block_r: int  # heads
+    block_s: int  # splits of one step
+    num_warps: int
+
+
+def spread_combine() -> CombineTile:
+    """For few rows: columns and splits over many one-warp programs."""
+    return CombineTile(block_d=128, block_r=1, block_s=32, num_warps=1)
+
+
+def grouped_combine(latent_dim: int, wave: int) -> CombineTile:
+    """For many rows: several whole heads a program, a warp's lanes along the columns."""
+    return CombineTile(block_d=latent_dim, block_r=8, block_s=2, num_warps=max(latent_dim // (4 * wave), 1))
