@@ -93,7 +93,8 @@ class MLAAttention:
             if longest > capacity.max_context:
                 raise PlanMismatch("max_context", capacity.max_context, longest, "Build with more capacity")
         if batch.size:
-            self._runner.plan(DecodeMetadata.build(batch, self._forms))
+            with torch.cuda.device_of(batch.kv_lens):
+                self._runner.plan(DecodeMetadata.build(batch, self._forms))
         self._batch, self._generation = batch, _generation(batch)
 
     def __call__(
@@ -128,7 +129,8 @@ class MLAAttention:
             out.zero_()
             lse.fill_(-torch.inf)
         elif q.shape[0]:
-            self._runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
+            with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
+                self._runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
 
     def _check(self, q: Tensor, kv_cache: Tensor, kv_scale: Tensor | None) -> None:
         batch, shape, capacity = self._batch, self.request.shape, self.request.capacity

@@ -177,9 +177,11 @@ def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: 
         return
     if batch.device.type == "cpu":
         batch.check_values(request.shape.page_size, kv_cache.shape[0], q.shape[0])
-    runner = chosen.bind(request)
-    runner.plan(DecodeMetadata.build(batch, chosen.needs(request)))
-    runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=arguments.softmax_scale, kv_scale=arguments.kv_scale)
+    with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
+        runner = chosen.bind(request)
+        runner.plan(DecodeMetadata.build(batch, chosen.needs(request)))
+        inputs, scale = DecodeInputs(q, kv_cache), arguments.kv_scale
+        runner.run(inputs, out, lse, softmax_scale=arguments.softmax_scale, kv_scale=scale)
 
 
 def _results(  # noqa: PLR0913 (the op's schema)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from portable_mla import UnsupportedDevice, arch_of, explain, mla_decode
+from portable_mla import UnsupportedDevice, arch_of, explain, mla_decode, select
 from portable_mla.arguments import DecodeArguments
 from portable_mla.backends import reference
+from portable_mla.metadata import DecodeMetadata
 from portable_mla.registry import ORDER
 from tests import acceptance
 from tests.cases import Case, Problem, build
@@ -59,6 +61,20 @@ class Target:
             out=out,
             lse=lse,
         )
+
+    def run_as(self, problem: Problem, **changes: Any) -> tuple[Tensor, Tensor]:
+        """Decode with a runner bound to the problem's request, changed: another `arch`, say."""
+        arguments = DecodeArguments(
+            problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
+        )
+        request = replace(arguments.request(deterministic=False), **changes)
+        backend = select(request, self.backend)
+        runner = backend.bind(request)
+        runner.plan(DecodeMetadata.build(problem.batch, backend.needs(request)))
+        out = torch.full_like(problem.q[..., : problem.latent_dim], torch.nan)
+        lse = torch.full(problem.q.shape[:2], torch.nan, device=problem.q.device)
+        runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
+        return out, lse
 
     def solve(self, case: Case) -> tuple[Problem, Tensor, Tensor]:
         """Build the case, decode it and hold the result to the acceptance rule."""

@@ -148,6 +148,12 @@ def test_a_table_of_the_wrong_shape() -> None:
     refused(ValueError, "block_table: expected 2 dimensions", block_table=lambda t: t[0])
 
 
+def test_a_table_or_lengths_with_gaps() -> None:
+    gaps = "expected a last-dimension stride of 1, got strides"
+    refused(ValueError, f"block_table: {gaps}", block_table=lambda t: t.repeat(1, 2)[:, ::2])
+    refused(ValueError, f"kv_lens: {gaps}", kv_lens=lambda lens: lens.repeat(2)[::2])
+
+
 @pytest.mark.parametrize("scale", [None, 0.0, -0.1, math.nan, math.inf, "0.1", True])
 def test_a_softmax_scale_that_is_no_positive_number(scale: object) -> None:
     refused(ValueError, "softmax_scale: expected a positive", softmax_scale=scale)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
+from portable_mla import arch_of
 from tests import acceptance
 from tests.cases import CONTENTS, Case, build
 from tests.targets import Target
@@ -93,6 +96,64 @@ def test_only_the_result_is_written(target: Target) -> None:
         assert bool((outer[-2:] == 7).all())
 
 
+@pytest.mark.parametrize("units", [1, 2, 7, 33, 132, 500])
+@pytest.mark.parametrize("max_query_len", [1, 8])
+def test_m5_the_number_of_splits_does_not_change_the_result(target: Target, units: int, max_query_len: int) -> None:
+    case = Case((3000, 1, 513, 519, 0, 64, 7), heads=20, content="split_skew", max_query_len=max_query_len)
+    problem = build(case, target.device)
+    acceptance.check(problem, *target.run_as(problem, arch=replace(arch_of(target.device), units=units)))
+
+
+@pytest.mark.parametrize("kv_len", [1, 15, 17, 127, 129, 511, 513, 5000, 20011])
+@pytest.mark.parametrize("max_query_len", [1, 8])
+def test_a_lone_request_is_split_anywhere(target: Target, kv_len: int, max_query_len: int) -> None:
+    # With 8 query tokens the last split is partly, or for the early tokens wholly, masked.
+    solve(target, Case((kv_len,), heads=16, page_size=64, content="split_skew", max_query_len=max_query_len))
+
+
+def test_many_short_requests_share_a_program(target: Target) -> None:
+    lens = tuple(1 + 7 * index % 90 for index in range(700))
+    solve(target, Case(lens, heads=2, latent_dim=128, rope_dim=32, content="iid"))
+
+
+@pytest.mark.parametrize("odd", ["page", "slot", "base"])
+def test_a_cache_that_no_wide_load_can_read_in_one_go(target: Target, odd: str) -> None:
+    problem = build(Case((130, 65), page_size=64), target.device)
+    pages, page_size, width = problem.kv_cache.shape
+    slot = width + (odd == "slot")
+    page = page_size * slot + (odd == "page")
+    flat = torch.full((pages * page + 1,), torch.nan, dtype=problem.q.dtype, device=problem.q.device)
+    cache = flat[int(odd == "base") :].as_strided((pages, page_size, width), (page, slot, 1))
+    cache.copy_(problem.kv_cache)
+    acceptance.check(problem, *target.run(problem.with_cache(cache)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("elements", [2**31, 2**32])
+def test_addresses_beyond_32_bits(target: Target, elements: int) -> None:
+    """Pages, query rows and result rows each side of 2**31 or 2**32 elements, by strides over buffers of that size."""
+    if target.device == "cpu":
+        pytest.skip("Python computes a CPU's addresses")
+    free = torch.cuda.mem_get_info()[0]
+    if free < 6 * elements + 2**31:
+        pytest.skip(f"needs {6 * elements / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
+    problem = build(Case((130, 65, 40, 7), heads=3, content="fingerprint"), "cuda")
+    far = problem.with_cache(spread(problem.kv_cache, elements)).with_q(spread(problem.q, elements))
+    out = spread(torch.full_like(problem.q[..., :512], torch.nan), elements)
+    lse = torch.full(problem.q.shape[:2], torch.nan, device="cuda")
+    acceptance.check(problem, *target.run_into(far, out, lse))
+
+
+def spread(tensor: Tensor, elements: int) -> Tensor:
+    """The same values with the first dimension's steps so long that the last one starts past `elements`."""
+    stride = -(-elements // (tensor.shape[0] - 1) // 16) * 16
+    torch.use_deterministic_algorithms(False)  # filling the gaps would take long, and nothing may read them
+    flat = torch.empty(stride * (tensor.shape[0] - 1) + tensor[0].numel(), dtype=tensor.dtype, device=tensor.device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    strides = (stride, *tensor[0].contiguous().stride())
+    return flat.as_strided(tensor.shape, strides).copy_(tensor)
+
+
 @pytest.mark.parametrize(("chunk", "slab"), list(itertools.product((1, 32, 64, 300, 4096), (1, 3, 8))))
 def test_m5_the_cpu_backends_chunks_and_slabs_do_not_change_the_result(chunk: int, slab: int) -> None:
     from portable_mla.arguments import DecodeArguments
@@ -109,7 +170,10 @@ def test_m5_the_cpu_backends_chunks_and_slabs_do_not_change_the_result(chunk: in
 
 
 def test_m7_a_request_alone_has_the_same_bits_as_in_any_batch_when_deterministic(target: Target) -> None:
-    problem = build(Case((300, 1, 64, 0, 129, 2000), heads=16, content="iid", max_query_len=2), target.device)
+    case = Case((300, 1, 64, 0, 129, 2000), heads=16, content="iid", max_query_len=2)
+    if not target.accepts(case, deterministic=True):
+        pytest.skip(f"{target} refuses deterministic requests")
+    problem = build(case, target.device)
     out, lse = target.run(problem, deterministic=True)
     for request in range(len(problem.kv_lens)):
         alone_out, alone_lse = target.run(problem.only(request), deterministic=True)

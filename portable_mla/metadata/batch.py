@@ -77,6 +77,8 @@ def _check_ints(name: str, tensor: Tensor, rank: int) -> None:
         raise TypeError(f"{name}: expected int32, got {tensor.dtype}. Convert with .to(torch.int32)")
     if tensor.dim() != rank:
         raise ValueError(f"{name}: expected {rank} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a last-dimension stride of 1, got strides {tensor.stride()}")
 
 
 def _check_per_request(name: str, tensor: Tensor, block_table: Tensor) -> None:
