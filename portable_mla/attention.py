@@ -15,6 +15,8 @@ from portable_mla.ops import register_planned, scale_tensor
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
+_REMEMBERED_CALLS = 4096
+
 
 class MLAAttention:
     """Decode attention of one model shape on one device, for any batch within a capacity.
@@ -55,6 +57,7 @@ class MLAAttention:
         self._runner = self._backend.bind(self.request)
         self._batch: PagedBatch | None = None
         self._generation: tuple[int, ...] = ()
+        self._checked: set[tuple[object, ...]] = set()
         self._handle = register_planned(self)
 
     @property
@@ -122,23 +125,38 @@ class MLAAttention:
         self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, kv_scale: Tensor | None
     ) -> None:
         """What the op `decode_planned` does."""
-        self._check(q, kv_cache, kv_scale)
-        check_outputs(q, kv_cache, self.request.shape.latent_dim, out, lse)
-        assert self._batch is not None
-        if self._batch.size == 0:
+        batch = self._planned_batch()
+        call = tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr()) for t in (q, kv_cache, out, lse))
+        if call not in self._checked:
+            self._check_call(q, kv_cache, out, lse)
+            self._remember(call)
+        tokens = batch.size * batch.max_query_len
+        if batch.query_lens is None and q.shape[0] != tokens:
+            raise PlanMismatch("query tokens", tokens, q.shape[0], "A uniform batch has max_query_len a request")
+        check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch)
+        if batch.size == 0:
             out.zero_()
             lse.fill_(-torch.inf)
         elif q.shape[0]:
             with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
                 self._runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
 
-    def _check(self, q: Tensor, kv_cache: Tensor, kv_scale: Tensor | None) -> None:
-        batch, shape, capacity = self._batch, self.request.shape, self.request.capacity
-        if batch is None:
+    def _planned_batch(self) -> PagedBatch:
+        if self._batch is None:
             raise PlanMismatch("plan", "nothing", "a call", "Call plan(batch) first")
-        if _generation(batch) != self._generation:
+        if _generation(self._batch) != self._generation:
             hint = "Call plan(batch) after changing lengths or tables in place"
             raise PlanMismatch("batch", "the tensors as they were", "changed tensors", hint)
+        return self._batch
+
+    def _remember(self, call: tuple[object, ...]) -> None:
+        """Addresses, shapes and strides that were checked need no second check: the layers of a model repeat them."""
+        if len(self._checked) >= _REMEMBERED_CALLS:
+            self._checked.clear()
+        self._checked.add(call)
+
+    def _check_call(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:
+        shape, capacity = self.request.shape, self.request.capacity
         check_tensors(q, kv_cache)
         for field, planned, got in (
             ("heads", shape.heads, q.shape[1]),
@@ -150,16 +168,13 @@ class MLAAttention:
             if planned != got:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention for this shape")
         check_cache_row(kv_cache, shape)
-        check_kv_scale(kv_scale, shape.cache_format, self.request.arch)
-        tokens = batch.size * batch.max_query_len
-        if batch.query_lens is None and q.shape[0] != tokens:
-            raise PlanMismatch("query tokens", tokens, q.shape[0], "A uniform batch has max_query_len a request")
         for field, planned, got in (
             ("max_query_tokens", capacity.max_query_tokens, q.shape[0]),
             ("max_pages", capacity.max_pages, kv_cache.shape[0]),
         ):
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
+        check_outputs(q, kv_cache, shape.latent_dim, out, lse)
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:

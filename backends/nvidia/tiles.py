@@ -48,24 +48,26 @@ _SM80 = (
 )
 # wgmma from 64 rows on, mma.sync below; 227 KB
 _SM90 = (
-    # 255 regs, 16 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B
+    # 255 regs, 16 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B. Predicted 542 us at (128, 128, 4096), measured 534; 64x32 took
+    # 648, 32x64 784, 16x32 957
     Rule(when(latent_above=256, rows_above=32, whole_tiles=64), Tile(64, 64, 8, 2, "descriptor")),
-    # 255 regs, 32 B, 216 KB, 76 HGMMA; 3.9: 255, 400 B
+    # 255 regs, 32 B, 216 KB, 76 HGMMA; 3.9: 255, 400 B. 572 us at (128, 128, 4096), page 16: 709, where 64x32 took 769
     Rule(when(latent_above=256, rows_above=32), Tile(64, 64, 8, 2)),
     # 211 regs, 184 KB, 136 HMMA; 3.9: 209
     Rule(when(latent_above=256, rows_above=16, whole_tiles=64), Tile(32, 64, 8, 3, "descriptor")),
     # 173 regs, 184 KB, 136 HMMA; 3.9: 194
     Rule(when(latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
-    # 197 regs, 91 KB, 68 HMMA; 3.9: 201
-    Rule(when(latent_above=256, whole_tiles=32), Tile(16, 32, 4, 3, "descriptor", programs_per_unit=2)),
-    # 168 regs, 8 B, 91 KB, 68 HMMA; 3.9: 181
-    Rule(when(latent_above=256), Tile(16, 32, 4, 3, programs_per_unit=2)),
-    # 255 regs, 200 KB, 44 HGMMA; 3.9: 252
-    Rule(when(latent_above=128, rows_above=32, whole_tiles=64), Tile(64, 64, 8, 4, "descriptor")),
-    # 255 regs, 200 KB, 44 HGMMA; 3.9: 255, 72 B
+    # 255 regs, 8 B, 164 KB, 136 HMMA. Twice 16x32 a unit was predicted to hide more latency: (128, 16, 4096) 229 us,
+    # (1, 16, 81920) 51.7, (8, 16, 8192) 41.1; this one 228, 47.1, 38.0
+    Rule(when(latent_above=256, whole_tiles=64), Tile(16, 64, 4, 3, "descriptor")),
+    # 128 regs, 164 KB, 68 HMMA. Page 16: (128, 16, 4096) 234 us, (1, 16, 81920) 49.4; twice 16x32 237, 54.4
+    Rule(when(latent_above=256), Tile(16, 64, 8, 3)),
+    # 255 regs, 8 B, 200 KB, 24 HGMMA. 186 us at (128, 128, 4096), with 8 warps 295
+    Rule(when(latent_above=128, rows_above=32, whole_tiles=64), Tile(64, 64, 4, 4, "descriptor")),
+    # 255 regs, 200 KB, 44 HGMMA; 3.9: 255, 72 B. With 4 warps it spills in the loop
     Rule(when(latent_above=128, rows_above=32), Tile(64, 64, 8, 4)),
-    # 243 regs, 104 KB, 144 HMMA; 3.9: 242
-    Rule(when(latent_above=128, rows_above=16), Tile(32, 64, 4, 3, programs_per_unit=2)),
+    # 166 regs, 92 KB, 72 HMMA. (128, 32, 4096) 140 us, (1, 32, 65536) 27.5; 32x64 144, 33.0
+    Rule(when(latent_above=128, whole_tiles=64), Tile(16, 64, 4, 3, "descriptor", programs_per_unit=2)),
     # 147 regs, 92 KB, 72 HMMA; 3.9: 145
     Rule(when(latent_above=128), Tile(16, 64, 4, 3, programs_per_unit=2)),
     # 229 regs, 100 KB, 14 HGMMA; 3.9: 217
@@ -83,10 +85,10 @@ _SM100 = (
     Rule(when(latent_above=256, rows_above=16, whole_tiles=64), Tile(32, 64, 8, 3, "descriptor")),
     # 194 regs, 184 KB, 136 HMMA; 3.9: 194
     Rule(when(latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
-    # 198 regs, 91 KB, 68 HMMA; 3.9: 198
-    Rule(when(latent_above=256, whole_tiles=32), Tile(16, 32, 4, 3, "descriptor", programs_per_unit=2)),
-    # 179 regs, 91 KB, 68 HMMA; 3.9: 176
-    Rule(when(latent_above=256), Tile(16, 32, 4, 3, programs_per_unit=2)),
+    # 255 regs, 8 B, 164 KB, 136 HMMA; the sm90 row's measurement, for the same instructions
+    Rule(when(latent_above=256, whole_tiles=64), Tile(16, 64, 4, 3, "descriptor")),
+    # 128 regs, 164 KB, 68 HMMA
+    Rule(when(latent_above=256), Tile(16, 64, 8, 3)),
     # 226 regs, 104 KB, 144 HMMA; 3.9: 184
     Rule(when(latent_above=128, rows_above=16), Tile(32, 64, 4, 3, programs_per_unit=2)),
     # 144 regs, 92 KB, 72 HMMA; 3.9: 172

@@ -1,0 +1,237 @@
+"""Compile every tile rule of every architecture, without a GPU, and hold the resources to a recorded budget.
+
+python ci/compile_gate.py [--arch sm90 gfx942] [--only fp16] [--jobs 2] [--record]
+
+Exits with 1 when a kernel needs more shared memory than the architecture has, lacks matrix instructions, has no budget
+for this Triton version or exceeds it. --record writes the budgets of this version, for the architectures compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+import torch
+import triton
+
+from ci.cross_compile import Resources, compile_combine, compile_decode, compile_plan
+from portable_mla.backends.amd import tiles as amd_tiles
+from portable_mla.backends.nvidia import tiles as nvidia_tiles
+from portable_mla.backends.triton.backend import GEOMETRIES
+from portable_mla.backends.triton.tile import Rule, TileRequest
+from portable_mla.cache_format import CacheFormat
+from portable_mla.device import ARCHS
+from portable_mla.shape import Capacity, MLAShape, Phase, Request
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+RULES: dict[str, Sequence[Rule]] = {**nvidia_tiles.RULES, **amd_tiles.RULES}
+ROWS = (5, 16, 32, 64, 128)
+PAGE_SIZES = (64, 1)  # a tile's pages in one piece where its load allows that, and gathered
+SLACK_REGISTERS = 16  # growth over the budget that a patch release of the compiler may cause
+
+Job = Callable[[], Resources]
+Used = dict[str, Resources]  # by variant
+
+
+def rule_of(arch: str, request: TileRequest) -> Rule:
+    """The rule that `choose_tile` follows."""
+    return next(rule for rule in RULES[arch] if rule.when(request))
+
+
+def shares_a_table(arch: str) -> bool:
+    """Whether an earlier architecture has the same rules, so that one variant a rule is enough."""
+    earlier = list(RULES)[: list(RULES).index(arch)]
+    return any(RULES[other] is RULES[arch] for other in earlier)
+
+
+def decode_request(arch: str, tile: TileRequest, dtype: torch.dtype = torch.bfloat16) -> Request:
+    """A request of one query token for each of `rows` heads."""
+    cache_format = CacheFormat.bf16 if dtype == torch.bfloat16 else CacheFormat.fp16
+    shape = MLAShape(tile.rows, tile.latent_dim, tile.rope_dim, tile.page_size, dtype, cache_format)
+    capacity = Capacity(
+        max_batch=64, max_query_tokens=64, max_query_len=1, max_context=4096, max_pages=1 << 16, cache_bytes=1 << 30
+    )
+    return Request(ARCHS[arch], shape, Phase.decode, 1, True, False, capacity)
+
+
+def decode_job(arch: str, request: TileRequest, kind: str = "") -> tuple[str, Job]:
+    """kind: "fp16", "unaligned" (the way out of a descriptor rule), or how the rule loads."""
+    tile = rule_of(arch, request).tile
+    kind = kind or ("gather" if request.page_size % tile.block_n else tile.loads)
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    name = f"decode {request.latent_dim}+{request.rope_dim} {tile.block_h}x{tile.block_n} {kind}"
+    aligned = kind != "unaligned"
+    return name, functools.partial(compile_decode, decode_request(arch, request, dtype), tile, aligned=aligned)
+
+
+def widest(latent_dim: int, rope_dim: int) -> bool:
+    """Whether no geometry of this latent has a wider rope."""
+    return rope_dim == max(rope for latent, rope in GEOMETRIES if latent == latent_dim)
+
+
+def rule_requests(arch: str) -> list[TileRequest]:
+    """The first request of each rule, in its widest geometry; of each rule and page size in the first of its table."""
+    found: dict[tuple[Rule, int], TileRequest] = {}
+    for latent_dim, rope_dim in (geometry for geometry in GEOMETRIES if widest(*geometry)):
+        for page_size, rows in itertools.product(PAGE_SIZES, ROWS):
+            request = TileRequest(rows, latent_dim, rope_dim, page_size)
+            found.setdefault((rule_of(arch, request), 0 if shares_a_table(arch) else page_size), request)
+    return list(found.values())
+
+
+def variants(arch: str) -> dict[str, Job]:
+    """What the gate compiles for one architecture, by name."""
+    by_rule = rule_requests(arch)
+    narrower = [geometry for geometry in GEOMETRIES if not widest(*geometry)]
+    jobs = [decode_job(arch, request) for request in by_rule]
+    jobs += [decode_job(arch, TileRequest(rows, *geometry, 64)) for geometry in narrower for rows in (16, 128)]
+    descriptor = [request for request in by_rule if rule_of(arch, request).tile.loads == "descriptor"]
+    jobs += [decode_job(arch, request, "unaligned") for request in descriptor]
+    most = TileRequest(128, *GEOMETRIES[0], 64)
+    jobs.append(decode_job(arch, most, "fp16"))
+    tile, request = rule_of(arch, most).tile, decode_request(arch, most)
+    jobs += [
+        ("combine spread", functools.partial(compile_combine, request, tile, "spread")),
+        ("combine grouped", functools.partial(compile_combine, request, tile, "grouped")),
+        ("plan", functools.partial(compile_plan, replace(request, max_query_len=8), tile)),
+    ]
+    named = dict(jobs)
+    assert len(named) == len(jobs), f"{arch}: two variants of one name among {[name for name, _ in jobs]}"
+    return named
+
+
+def compile_all(archs: Sequence[str], workers: int, only: str = "") -> dict[str, Used]:
+    """Resources of the architectures' variants with `only` in their names; says what it does as it goes."""
+    jobs = [(arch, name, job) for arch in archs for name, job in variants(arch).items() if only in name]
+    used: dict[str, Used] = {arch: {} for arch in archs}
+    with ProcessPoolExecutor(workers) as pool:
+        pending = {pool.submit(job): (arch, name) for arch, name, job in jobs}
+        for done, future in enumerate(as_completed(pending), 1):
+            arch, name = pending[future]
+            found = used[arch][name] = future.result()
+            print(f"[{done}/{len(jobs)}] {arch} {name}: {described(found)}", file=sys.stderr, flush=True)
+    return used
+
+
+def described(used: Resources) -> str:
+    """One line."""
+    spills = f", {used.spills} spilled ({used.loop_spills} times in the loop)" if used.spills else ""
+    matrix = "".join(f", {count} {kind}" for kind, count in used.matrix.items())
+    return f"{used.registers} registers{spills}, {used.shared / 1024:.0f} KB{matrix}"
+
+
+def violations(arch: str, used: Used, budgets: Used) -> list[str]:
+    """What is wrong with the variants of one architecture, a line each."""
+    if not budgets:
+        return [f"{arch}: no budgets for Triton {version()}; look at the figures, then record them with --record"]
+    wrong = []
+    for name, found in used.items():
+        wrong += [f"{arch} {name}: {fault}" for fault in _faults(arch, name, found, budgets.get(name))]
+    return wrong
+
+
+def _faults(arch: str, name: str, found: Resources, budget: Resources | None) -> Iterator[str]:
+    limit = ARCHS[arch].shared_memory
+    if found.shared > limit:
+        yield f"{found.shared} B of shared memory, {arch} has {limit}"
+    if name.startswith("decode") and not found.matrix:
+        yield "no matrix instruction"
+    if budget is None:
+        yield "no budget; look at its figures, then record them with --record"
+        return
+    if found.spills > budget.spills:
+        yield f"spills {found.spills}, the budget is {budget.spills}"
+    if found.loop_spills > budget.loop_spills:
+        yield f"spills {found.loop_spills} times in the loop, the budget is {budget.loop_spills}"
+    if found.registers > budget.registers + SLACK_REGISTERS:
+        yield f"{found.registers} registers, the budget is {budget.registers} and {SLACK_REGISTERS} more"
+
+
+def table(used: Mapping[str, Used]) -> str:
+    """One row an architecture."""
+    head = ("arch", "variants", "registers", "shared KB", "of", "spilling", "most", "in loop", "matrix instructions")
+    rows = [head]
+    for arch, found in ((arch, found) for arch, found in used.items() if found):
+        all_of = found.values()
+        spilling = [one for one in all_of if one.spills]
+        rows.append((
+            arch, str(len(found)), str(max(one.registers for one in all_of)),
+            f"{max(one.shared for one in all_of) / 1024:.0f}", f"{ARCHS[arch].shared_memory // 1024}",
+            str(len(spilling)), str(max(one.spills for one in all_of)), str(sum(one.loop_spills > 0 for one in all_of)),
+            ", ".join(sorted({kind for one in all_of for kind in one.matrix})),
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    return "\n".join("  ".join([*map(str.rjust, row, widths), row[-1]]) for row in rows)
+
+
+def version() -> str:
+    """Triton's minor version: budgets are recorded for each."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def read_budgets(path: Path = BUDGETS) -> dict[str, dict[str, Used]]:
+    """Recorded resources by Triton version, architecture and variant."""
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        triton_version: {
+            arch: {name: Resources(**values) for name, values in used.items()} for arch, used in by_arch.items()
+        }
+        for triton_version, by_arch in recorded.items()
+    }
+
+
+def record(used: Mapping[str, Used], path: Path = BUDGETS) -> None:
+    """Write the budgets of this Triton version, a variant a line so that a change reads well in a diff."""
+    budgets = read_budgets(path)
+    budgets[version()] = budgets.get(version(), {}) | used
+    versions = []
+    for triton_version, by_arch in sorted(budgets.items()):
+        archs = []
+        for arch in (arch for arch in ARCHS if arch in by_arch):
+            lines = [f"   {json.dumps(name)}: {json.dumps(asdict(one))}" for name, one in sorted(by_arch[arch].items())]
+            archs.append(f"  {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n  }")
+        versions.append(f" {json.dumps(triton_version)}: {{\n" + ",\n".join(archs) + "\n }")
+    path.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def main() -> int:
+    """Compile, print the table, and name what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=list(RULES), default=list(RULES), metavar="ARCH")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, one a core if unsaid"
+    )
+    parser.add_argument("--record", action="store_true", help="write the budgets of this Triton version")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name has TEXT in it, such as fp16")
+    options = parser.parse_args()
+    if options.record and options.only:
+        parser.error("--record needs all variants of an architecture: leave --only out")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="compile_gate_") as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # a kernel found in a cache would prove nothing
+        used = compile_all(options.arch, options.jobs, options.only)
+    if options.record:
+        record(used)
+    budgets = read_budgets().get(version(), {})
+    wrong = [line for arch, found in used.items() for line in violations(arch, found, budgets.get(arch, {}))]
+    print(table(used))
+    count, seconds = sum(map(len, used.values())), time.perf_counter() - start
+    print(f"{count} kernels on Triton {triton.__version__} in {seconds:.0f} s: {len(wrong)} faults")
+    print(*wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

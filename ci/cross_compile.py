@@ -1,0 +1,138 @@
+"""Compiles the decode, combine and plan kernels for an architecture that need not be there; reads what they use."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from portable_mla.backends.triton.combine_kernels import combine_kernel
+from portable_mla.backends.triton.decode_kernels import decode_kernel
+from portable_mla.backends.triton.runner import TritonRunner
+from portable_mla.backends.triton.tile import Tile
+from portable_mla.device import Arch
+from portable_mla.metadata import split_plan
+from portable_mla.metadata.split_kernels import plan_splits_kernel
+from portable_mla.shape import Request
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+MATRIX_SASS = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
+MATRIX_GCN = re.compile(r"^\s+v_mfma_f32_(\w+)", re.MULTILINE)
+SPILL = re.compile(r"\b(STL|LDL|scratch_load\w*|scratch_store\w*)\b")
+LABEL = re.compile(r"^\.?L\w+:", re.MULTILINE)
+
+Constants = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses."""
+
+    registers: int
+    spills: int  # bytes of stack frame on NVIDIA, spilled vector registers on AMD
+    loop_spills: int  # spill instructions in the basic blocks that hold matrix instructions
+    shared: int  # bytes
+    matrix: dict[str, int]  # matrix instructions by kind
+
+    @classmethod
+    def of(cls, compiled: Any) -> Resources:
+        """Read from AMD's assembly, or from NVIDIA's binary with the tools that Triton brings."""
+        shared = int(compiled.metadata.shared)
+        if "amdgcn" in compiled.asm:
+            text = compiled.asm["amdgcn"]
+            counts = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s*(\d+)", text)}
+            registers, spills = counts["vgpr_count"], counts["vgpr_spill_count"]
+            return cls(registers, spills, _loop_spills(text, MATRIX_GCN), shared, _kinds(text, MATRIX_GCN))
+        cubin = compiled.asm["cubin"]
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", _nvidia_tool("cuobjdump", cubin, "-res-usage"))
+        assert usage is not None, "cuobjdump speaks of no registers"
+        text = _nvidia_tool("nvdisasm", cubin, "-c")
+        loop_spills = _loop_spills(text, MATRIX_SASS)
+        return cls(int(usage[1]), int(usage[2]), loop_spills, shared, _kinds(text, MATRIX_SASS))
+
+
+def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Resources:
+    """The decode kernel as the runner launches it. aligned: the cache's address and strides allow wide loads."""
+    loads = tile.loads if aligned else "pointer"
+    constants = TritonRunner(request, tile)._launches[loads] | {"stride_lse_head": 1}
+    dtype = DTYPES[request.shape.q_dtype]
+    types = dict.fromkeys(decode_kernel.arg_names, "i32")
+    types |= {name: "i32!" for name in types if name.startswith(("stride_q", "stride_kv", "stride_out"))}
+    types |= dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), f"*{dtype}!")
+    types |= dict.fromkeys(("table_ptr", "part_indptr_ptr", "items_ptr"), "*i32!")
+    types |= dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32!")
+    types["softmax_scale"] = "fp32"
+    if not aligned:
+        types |= {name: types[name].rstrip("!") for name in ("kv_ptr", "stride_kv_page", "stride_kv_slot")}
+    for name, width in (("latent_desc", request.shape.latent_dim), ("rope_desc", request.shape.rope_dim)):
+        if loads == "descriptor" and width:
+            types[name] = f"tensordesc<{dtype}[1, {tile.block_n}, {width}]>"
+        else:
+            constants[name] = None
+    return _compile(decode_kernel, request.arch, types, constants)
+
+
+def compile_combine(request: Request, tile: Tile, kind: Literal["spread", "grouped"]) -> Resources:
+    """The combine kernel for few tokens or for many."""
+    runner = TritonRunner(request, tile)
+    _, constants = runner._spread if kind == "spread" else runner._grouped
+    types = dict.fromkeys(combine_kernel.arg_names, "i32")
+    types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "token_slots_ptr": "*i32!"}
+    types |= dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32!")
+    types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
+    return _compile(combine_kernel, request.arch, types, constants | {"stride_lse_head": 1})
+
+
+def compile_plan(request: Request, tile: Tile) -> Resources:
+    """The kernel that plans the splits."""
+    constants = {
+        "MAX_QUERY_LEN": request.max_query_len, "BLOCK_Q": triton.next_power_of_2(request.max_query_len),
+        "BLOCK_N": tile.block_n, "OVERHEAD": split_plan.OVERHEAD_TILES, "MIN_PIECE": split_plan.MIN_PIECE_TILES,
+        "BLOCK_B": split_plan.REQUESTS_PER_PROGRAM, "BLOCK_P": split_plan.PIECES_PER_STEP,
+        "SCAN": split_plan.REQUESTS_PER_SCAN, "num_warps": 4,
+    }  # fmt: skip
+    types = {name: "*i32!" if name.endswith("_ptr") else "i32" for name in plan_splits_kernel.arg_names}
+    return _compile(plan_splits_kernel, request.arch, types, constants)
+
+
+def _compile(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constants) -> Resources:
+    """types: of the arguments that are not constants; a trailing "!" marks a value divisible by 16."""
+    assert isinstance(kernel, triton.JITFunction), "TRITON_INTERPRET is set: an interpreted process cannot compile"
+    constants = {name: value for name, value in launch.items() if name in kernel.arg_names}
+    options = {name: value for name, value in launch.items() if name not in constants}
+    signature = {name: "constexpr" if name in constants else types[name].rstrip("!") for name in kernel.arg_names}
+    divisible = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name not in constants and types[name].endswith("!")
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    target = ("hip", arch.name) if arch.vendor == "amd" else ("cuda", int(arch.name.removeprefix("sm")))
+    return Resources.of(triton.compile(source, target=GPUTarget(*target, arch.wave), options=options))
+
+
+def _kinds(assembly: str, matrix: re.Pattern[str]) -> dict[str, int]:
+    names: list[str] = matrix.findall(assembly)
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def _loop_spills(assembly: str, matrix: re.Pattern[str]) -> int:
+    return sum(len(SPILL.findall(block)) for block in LABEL.split(assembly) if matrix.search(block))
+
+
+def _nvidia_tool(name: str, cubin: bytes, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([str(path), *arguments, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
