@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tests.cases import CONTENTS, GARBAGE, Case
 
-# What a kernel is compiled for: heads, geometry, page size, dtype, longest query. On a GPU each costs a second or two of
-# compilation, so there the axes are drawn together from these.
+# What a kernel is compiled for: heads, geometry, page size, dtype, longest query. On a GPU each costs a second or two
+# of compilation, so there the axes are drawn together from these.
 COMPILED = (
     (16, (512, 64), 64, "bf16", 1),
     (5, (512, 64), 1, "bf16", 3),

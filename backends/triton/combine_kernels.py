@@ -12,7 +12,7 @@ START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never
 def combine_kernel(
     token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi (-1: already final), index in the request, unused
     partial_out_ptr,  # [slots, max_rows, LATENT] float32
-    partial_lse_ptr,  # [slots, max_rows] float32, base 2
+    partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
     out_ptr,  # [tokens, heads, LATENT]
     lse_ptr,  # [tokens, heads] float32, natural log
     heads,
@@ -44,12 +44,13 @@ def combine_kernel(
             slot = first + tl.arange(0, BLOCK_S)
             slot_row = slot.to(tl.int64)[:, None] * max_rows + row[None, :]
             mask = (slot < slot_hi)[:, None] & row_valid[None, :]
-            lse = tl.load(partial_lse_ptr + slot_row, mask=mask, other=float("-inf"))
+            row_max = tl.load(partial_stats_ptr + 2 * slot_row, mask=mask, other=START_MAX)
+            row_sum = tl.load(partial_stats_ptr + 2 * slot_row + 1, mask=mask, other=0.0)
             slot_row_ptr = partial_out_ptr + slot_row * LATENT
             part = tl.load(slot_row_ptr[:, :, None] + column[None, None, :], mask=mask[:, :, None], other=0.0)
-            new_largest = tl.maximum(largest, tl.max(lse, 0))
+            new_largest = tl.maximum(largest, tl.max(row_max, 0))
             rescale = tl.exp2(largest - new_largest)
-            weight = tl.exp2(lse - new_largest[None, :])
+            weight = row_sum * tl.exp2(row_max - new_largest[None, :])
             acc = acc * rescale[:, None] + tl.sum(part * weight[:, :, None], 0)
             total = total * rescale + tl.sum(weight, 0)
             largest = new_largest

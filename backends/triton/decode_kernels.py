@@ -71,11 +71,12 @@ def _described_rows(tile, kv_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 @triton.jit
-def _fold_tile(acc, row_sum, row_max, scores, value):
-    """One online-softmax step on base-2 scores."""
+def _fold_tile(acc, row_sum, row_max, scores, value, scale):
+    """One online-softmax step. Scores are scaled after their maximum is taken off, so that equal ones weigh exactly 1
+    at any magnitude; scaled before, the subtraction fuses with the product and keeps its rounding error."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    rescale = tl.exp2(row_max - new_max)
-    weights = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2((row_max - new_max) * scale)
+    weights = tl.exp2((scores - new_max[:, None]) * scale)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None]
     acc = tl.dot(weights.to(value.dtype), value, acc)
@@ -89,7 +90,7 @@ def _attend(
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised output, sum and base-2 maximum of one row tile over the KV tiles [tile_lo, tile_hi)."""
+    """Unnormalised output, sum and unscaled maximum of one row tile over the KV tiles [tile_lo, tile_hi)."""
     row_max = tl.full([BLOCK_H], START_MAX, tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
@@ -110,8 +111,8 @@ def _attend(
             else:
                 rope = _load_key(kv_ptr, offset, valid, LATENT, ROPE)
             scores = tl.dot(q_rope, tl.trans(rope), scores)
-        scores = tl.where(position[None, :] < row_limit[:, None], scores * scale, float("-inf"))
-        acc, row_sum, row_max = _fold_tile(acc, row_sum, row_max, scores, latent)
+        scores = tl.where(position[None, :] < row_limit[:, None], scores, float("-inf"))
+        acc, row_sum, row_max = _fold_tile(acc, row_sum, row_max, scores, latent, scale)
         page = next_page
     return acc, row_sum, row_max
 
@@ -145,12 +146,14 @@ def _write_final(
 
 @triton.jit
 def _write_partial(
-    acc, log2_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_lse_ptr, LATENT: tl.constexpr
+    acc, row_max, row_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_stats_ptr, LATENT: tl.constexpr
 ):
+    """Maximum and sum stay apart: their logarithm would lose the sum's digits where the logits are large."""
     column = tl.arange(0, LATENT)
     slot_row = slot.to(tl.int64) * max_rows + row
     tl.store((partial_out_ptr + slot_row * LATENT)[:, None] + column[None, :], acc, mask=row_valid[:, None])
-    tl.store(partial_lse_ptr + slot_row, log2_sum, mask=row_valid)
+    tl.store(partial_stats_ptr + 2 * slot_row, row_max, mask=row_valid)
+    tl.store(partial_stats_ptr + 2 * slot_row + 1, row_sum, mask=row_valid)
 
 
 @triton.jit(do_not_specialize=["max_rows", "stride_table"])
@@ -165,7 +168,7 @@ def decode_kernel(
     out_ptr,  # [tokens, HEADS, LATENT]
     lse_ptr,  # [tokens, HEADS] float32, natural log
     partial_out_ptr,  # [slots, max_rows, LATENT] float32
-    partial_lse_ptr,  # [slots, max_rows] float32, base 2
+    partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
     softmax_scale,
     max_rows,
     stride_q_token,
@@ -210,22 +213,24 @@ def decode_kernel(
         q_rope = q_latent
         if ROPE > 0:
             q_rope = _load_query(q_row_ptr, row_valid, LATENT, ROPE)
+        scale = softmax_scale * LOG2_E
         acc, row_sum, row_max = _attend(
             q_latent, q_rope, kv_ptr, latent_desc, rope_desc, table_ptr + request.to(tl.int64) * stride_table,
-            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, softmax_scale * LOG2_E,
+            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, scale,
             stride_kv_page, stride_kv_slot, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS,
         )  # fmt: skip
 
-        empty = row_sum == 0.0
-        row_sum = tl.where(empty, 1.0, row_sum)
-        acc = acc / row_sum[:, None]
-        log2_sum = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
+        acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        row_max = row_max * scale
         row, token, head, row_valid = _item_rows(item_ptr, first_row, HEADS, BLOCK_H)
         slot = tl.load(item_ptr + 3)
         if slot < 0:
+            log2_sum = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
             _write_final(
                 acc, log2_sum, token, head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head,
                 stride_lse_token, stride_lse_head, LATENT,
             )  # fmt: skip
         else:
-            _write_partial(acc, log2_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_lse_ptr, LATENT)
+            _write_partial(
+                acc, row_max, row_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_stats_ptr, LATENT
+            )

@@ -70,28 +70,28 @@ class TritonRunner:
         assert self._buffers is not None and self._block_table is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
         q, cache, table = inputs.q, inputs.kv_cache, self._block_table
-        plan, partial_out, partial_lse = self._buffers
+        plan, partial_out, partial_stats = self._buffers
         latent_desc, rope_desc = self._descriptors(cache)
         results = (*out.stride()[:2], *lse.stride())
         decode_kernel[self._grid](
-            q, cache, latent_desc, rope_desc, table, plan.part_indptr, plan.items, out, lse, partial_out, partial_lse,
+            q, cache, latent_desc, rope_desc, table, plan.part_indptr, plan.items, out, lse, partial_out, partial_stats,
             softmax_scale, self._rows, *q.stride()[:2], *cache.stride()[:2], table.stride(0), *results,
             **self._launches["pointer" if latent_desc is None else "descriptor"],
         )  # fmt: skip
         tokens = q.shape[0]
         programs, constants = self._spread if tokens <= self._most_spread_tokens else self._grouped
         combine_kernel[(tokens, programs)](
-            plan.token_slots, partial_out, partial_lse, out, lse, self._shape.heads, self._rows, *results, **constants
+            plan.token_slots, partial_out, partial_stats, out, lse, self._shape.heads, self._rows, *results, **constants
         )
 
     def _allocated(self, device: torch.device) -> tuple[SplitPlan, Tensor, Tensor]:
-        """Plan, partial results [slots, rows, latent] and their base-2 LSE [slots, rows], both float32."""
+        """Plan, partial results [slots, rows, latent] and their maximum and sum [slots, rows, 2], all float32."""
         if self._buffers is None:
             slots, latent_dim = self._plan_shape.max_slots, self._shape.latent_dim
             self._buffers = (
                 SplitPlan.allocate(self._plan_shape, device),
                 torch.empty(slots, self._rows, latent_dim, dtype=torch.float32, device=device),
-                torch.empty(slots, self._rows, dtype=torch.float32, device=device),
+                torch.empty(slots, self._rows, 2, dtype=torch.float32, device=device),
             )
         return self._buffers
 
