@@ -71,12 +71,11 @@ def _described_rows(tile, kv_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 @triton.jit
-def _fold_tile(acc, row_sum, row_max, scores, value, scale):
-    """One online-softmax step. Scores are scaled after their maximum is taken off, so that equal ones weigh exactly 1
-    at any magnitude; scaled before, the subtraction fuses with the product and keeps its rounding error."""
+def _fold_tile(acc, row_sum, row_max, scores, value):
+    """One online-softmax step on base-2 scores."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    rescale = tl.exp2((row_max - new_max) * scale)
-    weights = tl.exp2((scores - new_max[:, None]) * scale)
+    rescale = tl.exp2(row_max - new_max)
+    weights = tl.exp2(scores - new_max[:, None])
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None]
     acc = tl.dot(weights.to(value.dtype), value, acc)
@@ -90,7 +89,7 @@ def _attend(
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised output, sum and unscaled maximum of one row tile over the KV tiles [tile_lo, tile_hi)."""
+    """Unnormalised output, sum and base-2 maximum of one row tile over the KV tiles [tile_lo, tile_hi)."""
     row_max = tl.full([BLOCK_H], START_MAX, tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
@@ -111,8 +110,8 @@ def _attend(
             else:
                 rope = _load_key(kv_ptr, offset, valid, LATENT, ROPE)
             scores = tl.dot(q_rope, tl.trans(rope), scores)
-        scores = tl.where(position[None, :] < row_limit[:, None], scores, float("-inf"))
-        acc, row_sum, row_max = _fold_tile(acc, row_sum, row_max, scores, latent, scale)
+        scores = tl.where(position[None, :] < row_limit[:, None], scores * scale, float("-inf"))
+        acc, row_sum, row_max = _fold_tile(acc, row_sum, row_max, scores, latent)
         page = next_page
     return acc, row_sum, row_max
 
@@ -213,15 +212,13 @@ def decode_kernel(
         q_rope = q_latent
         if ROPE > 0:
             q_rope = _load_query(q_row_ptr, row_valid, LATENT, ROPE)
-        scale = softmax_scale * LOG2_E
         acc, row_sum, row_max = _attend(
             q_latent, q_rope, kv_ptr, latent_desc, rope_desc, table_ptr + request.to(tl.int64) * stride_table,
-            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, scale,
+            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, softmax_scale * LOG2_E,
             stride_kv_page, stride_kv_slot, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS,
         )  # fmt: skip
 
         acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-        row_max = row_max * scale
         row, token, head, row_valid = _item_rows(item_ptr, first_row, HEADS, BLOCK_H)
         slot = tl.load(item_ptr + 3)
         if slot < 0:
