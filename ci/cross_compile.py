@@ -26,6 +26,7 @@ from portable_mla.shape import Request
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MATRIX_SASS = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
+MATRIX_PTX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 MATRIX_GCN = re.compile(r"^\s+v_mfma_f32_(\w+)", re.MULTILINE)
 SPILL = re.compile(r"\b(STL|LDL|scratch_load\w*|scratch_store\w*)\b")
 LABEL = re.compile(r"^\.?L\w+:", re.MULTILINE)
@@ -45,7 +46,10 @@ class Resources:
 
     @classmethod
     def of(cls, compiled: Any) -> Resources:
-        """Read from AMD's assembly, or from NVIDIA's binary with the tools that Triton brings."""
+        """Read from AMD's assembly, or from NVIDIA's binary with the tools that Triton brings.
+
+        Where those cannot disassemble for the architecture, matrix instructions are PTX's and loop_spills is 0.
+        """
         shared = int(compiled.metadata.shared)
         if "amdgcn" in compiled.asm:
             text = compiled.asm["amdgcn"]
@@ -55,9 +59,14 @@ class Resources:
         cubin = compiled.asm["cubin"]
         usage = re.search(r"REG:(\d+) STACK:(\d+)", _nvidia_tool("cuobjdump", cubin, "-res-usage"))
         assert usage is not None, "cuobjdump speaks of no registers"
-        text = _nvidia_tool("nvdisasm", cubin, "-c")
-        loop_spills = _loop_spills(text, MATRIX_SASS)
-        return cls(int(usage[1]), int(usage[2]), loop_spills, shared, _kinds(text, MATRIX_SASS))
+        registers, stack = int(usage[1]), int(usage[2])
+        try:
+            text = _nvidia_tool("nvdisasm", cubin, "-c")
+        except subprocess.CalledProcessError as failure:
+            if "Cannot decode architecture" not in failure.stderr:  # a part newer than this Triton's disassembler
+                raise
+            return cls(registers, stack, 0, shared, _kinds(compiled.asm["ptx"], MATRIX_PTX))
+        return cls(registers, stack, _loop_spills(text, MATRIX_SASS), shared, _kinds(text, MATRIX_SASS))
 
 
 def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Resources:
@@ -65,11 +74,10 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Res
     loads = tile.loads if aligned else "pointer"
     constants = TritonRunner(request, tile)._launches[loads] | {"stride_lse_head": 1}
     dtype = DTYPES[request.shape.q_dtype]
-    types = dict.fromkeys(decode_kernel.arg_names, "i32")
+    types = _default_types(decode_kernel)
     types |= {name: "i32!" for name in types if name.startswith(("stride_q", "stride_kv", "stride_out"))}
     types |= dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("table_ptr", "part_indptr_ptr", "items_ptr"), "*i32!")
-    types |= dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32!")
     types["softmax_scale"] = "fp32"
     if not aligned:
         types |= {name: types[name].rstrip("!") for name in ("kv_ptr", "stride_kv_page", "stride_kv_slot")}
@@ -85,9 +93,8 @@ def compile_combine(request: Request, tile: Tile, kind: Literal["spread", "group
     """The combine kernel for few tokens or for many."""
     runner = TritonRunner(request, tile)
     _, constants = runner._spread if kind == "spread" else runner._grouped
-    types = dict.fromkeys(combine_kernel.arg_names, "i32")
+    types = _default_types(combine_kernel)
     types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "token_slots_ptr": "*i32!"}
-    types |= dict.fromkeys(("lse_ptr", "partial_out_ptr", "partial_lse_ptr"), "*fp32!")
     types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
     return _compile(combine_kernel, request.arch, types, constants | {"stride_lse_head": 1})
 
@@ -104,9 +111,13 @@ def compile_plan(request: Request, tile: Tile) -> Resources:
     return _compile(plan_splits_kernel, request.arch, types, constants)
 
 
+def _default_types(kernel: Any) -> dict[str, str]:
+    return {name: "*fp32!" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+
+
 def _compile(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constants) -> Resources:
     """types: of the arguments that are not constants; a trailing "!" marks a value divisible by 16."""
-    assert isinstance(kernel, triton.JITFunction), "TRITON_INTERPRET is set: an interpreted process cannot compile"
+    assert isinstance(kernel, triton.JITFunction), "main refuses an interpreted process"
     constants = {name: value for name, value in launch.items() if name in kernel.arg_names}
     options = {name: value for name, value in launch.items() if name not in constants}
     signature = {name: "constexpr" if name in constants else types[name].rstrip("!") for name in kernel.arg_names}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, lint, tests, demo and GPU runs of portable_mla: one entry for people and for CI.
+# Set-up, lint, tests, compile gate, demo and GPU runs of portable_mla: one entry for people and for CI.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -16,6 +16,8 @@ usage: bash ci/run.sh VERB [ARGUMENTS]
   setup               make an environment that can run the rest (every verb does this by itself)
   lint                ruff format, ruff check, mypy, pyright, and shellcheck where it is installed
   test [PYTEST ARGS]  the test suite, for instance: bash ci/run.sh test -k planner
+  compile [ARGS]      compile every GPU kernel for every architecture, without a GPU, and hold registers, spills
+                      and shared memory to the budgets in ci/budgets.json, for instance: compile --arch sm90
   demo [DEMO ARGS]    portable-mla demo
   gpu [PYTEST ARGS]   for GPU runners: portable-mla doctor, then the test suite.
                       PORTABLE_MLA_REQUIRE names the hardware that must be there, for instance sm90
@@ -223,6 +225,11 @@ run_tests() {
   "$PY" -m pytest "$@"
 }
 
+compile_gate() {
+  say "compile gate${*:+ $*}"
+  "$PY" ci/compile_gate.py "$@"
+}
+
 command_line() {
   say "portable-mla $*"
   "$PY" -c 'import sys; from portable_mla.cli import main; sys.argv[0] = "portable-mla"; sys.exit(main())' "$@"
@@ -261,6 +268,10 @@ main() {
     test)
       setup
       run_tests "${@:2}"
+      ;;
+    compile)
+      setup
+      compile_gate "${@:2}"
       ;;
     demo)
       setup

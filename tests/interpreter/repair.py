@@ -1,0 +1,121 @@
+"""Repairs of Triton's interpreter, for tests alone.
+
+It computes bfloat16 arithmetic on raw bit patterns and truncates where the hardware rounds to nearest even; its 3.6
+cannot loop up to a loaded bound with numpy 2.4.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime import interpreter
+
+Handle = Any  # interpreter.TensorHandle: `data`, a numpy array, and `dtype`, Triton's
+Patch = tuple[object, str, object, object]  # owner, attribute, as Triton has it, repaired
+Builder = interpreter.InterpreterBuilder
+
+
+def is_bfloat16(handle: Handle) -> bool:
+    """Whether the values are bfloat16, kept as the bits of a uint16 array."""
+    data = getattr(handle, "data", None)
+    return data is not None and handle.dtype.scalar == tl.bfloat16 and data.dtype == np.uint16
+
+
+def widened(handle: Handle) -> Handle:
+    """bfloat16 as float32; anything else as it is."""
+    if not is_bfloat16(handle):
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def bfloat16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """float32 rounded to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    to_even = ((bits >> 16) & 1) + np.uint32(0x7FFF)
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, (bits + to_even) >> 16).astype(np.uint16)
+
+
+def _narrowed(result: Handle) -> Handle:
+    if result.data.dtype == np.bool_:
+        return result
+    return interpreter.TensorHandle(bfloat16_bits(result.data), tl.bfloat16)
+
+
+def _repaired_dot(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_dot(self: Any, a: Handle, b: Handle, *rest: Any) -> Handle:
+        return original(self, widened(a), widened(b), *rest)
+
+    return create_dot
+
+
+def _repaired_operator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For operators of one value or of two; the last argument is numpy's function."""
+
+    def operator(self: Any, *arguments: Any) -> Handle:
+        *values, function = arguments
+        result = original(self, *map(widened, values), function)
+        return _narrowed(result) if any(map(is_bfloat16, values)) else result
+
+    return operator
+
+
+def _repaired_conversion(original: Callable[..., Any]) -> Callable[..., Any]:
+    def convert_float(values: NDArray[Any], source: Any, target: Any, rounding: Any) -> NDArray[Any]:
+        if str(source) == "fp32" and str(target) == "bf16":
+            return bfloat16_bits(values.view(np.float32))
+        converted: NDArray[Any] = original(values, source, target, rounding)
+        return converted
+
+    return convert_float
+
+
+def _repaired_tensor_patch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton sets `__index__` anew for each launch, and takes it back afterwards."""
+
+    def patch_tensor(tensor: Any, *rest: Any) -> Any:
+        result = original(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+        return result
+
+    return patch_tensor
+
+
+def _patch(owner: Any, attribute: str, repaired: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
+    original = getattr(owner, attribute)
+    return owner, attribute, original, repaired(original)
+
+
+REPAIRS: dict[str, tuple[Patch, ...]] = {
+    "arithmetic": (
+        _patch(Builder, "create_dot", _repaired_dot),
+        _patch(Builder, "binary_op", _repaired_operator),
+        _patch(Builder, "unary_op", _repaired_operator),
+    ),
+    "rounding": (_patch(interpreter, "_convert_float", _repaired_conversion),),
+    "loop bounds": (_patch(interpreter, "_patch_lang_tensor", _repaired_tensor_patch),),
+}
+
+
+@contextmanager
+def repaired() -> Iterator[None]:
+    """Inside, all repairs hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, attribute, _, repaired in itertools.chain(*REPAIRS.values()):
+            patch.setattr(owner, attribute, repaired)
+        yield
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """Inside `repaired`: as Triton has it in this one respect."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, attribute, original, _ in REPAIRS[name]:
+            patch.setattr(owner, attribute, original)
+        yield

@@ -1,0 +1,94 @@
+"""The interpreter suite can fail: kernels broken in one line each are caught by the acceptance rule."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from portable_mla.backends.triton import combine_kernels, decode_kernels, runner
+from portable_mla.backends.triton.tile import Tile
+from portable_mla.metadata import split_kernels, split_plan
+from tests.cases import Case
+from tests.interpreter.running import DESCRIPTOR, MANY_PARTS, SMALL, TILE, solve_with_tile
+
+LONG = Case((400, 100), 16, **SMALL)
+NEEDLE = Case((700, 100), 16, **SMALL, content="needle", garbage="hot", seed=1)
+TALL = Case((1500,), 16, **SMALL)  # more splits than one step of the combine of few rows takes
+SEVERAL_QUERIES = Case((90, 40), 5, **SMALL, max_query_len=3)
+MANY_ROWS = Case((300, 200), 64, **SMALL)  # more than the one token that one unit combines in the way of few rows
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One line of a kernel module, and what it becomes."""
+
+    module: ModuleType
+    line: str
+    broken: str
+    case: Case = LONG
+    tile: Tile = TILE
+    units: int = 6
+
+    def write(self, folder: Path) -> ModuleType:
+        """The broken module, in a file, because the interpreter reads sources."""
+        assert self.module.__file__ is not None
+        source = Path(self.module.__file__).read_text()
+        assert source.count(self.line) == 1, f"{self.module.__name__} has no single {self.line!r}"
+        path = folder / Path(self.module.__file__).name
+        path.write_text(source.replace(self.line, self.broken))
+        spec = importlib.util.spec_from_file_location(f"broken_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+
+LAUNCHES = {
+    decode_kernels: (runner, "decode_kernel"),
+    combine_kernels: (runner, "combine_kernel"),
+    split_kernels: (split_plan, "plan_splits_kernel"),
+}
+NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None] + tl.sum(", "acc = acc + tl.sum(")
+MUTANTS = {
+    "the last token is dropped": Mutant(
+        decode_kernels,
+        "return position, position < kv_len, offset",
+        "return tl.where(position == kv_len - 1, kv_len, position), position < kv_len - 1, offset",
+    ),
+    "the causal limit is one too high": Mutant(
+        decode_kernels, "(token - query_start) + 1,", "(token - query_start) + 2,", SEVERAL_QUERIES
+    ),
+    "the causal limit is one too low": Mutant(
+        decode_kernels, "(token - query_start) + 1,", "(token - query_start),", SEVERAL_QUERIES
+    ),
+    "the last tile of a descriptor counts rows twice": Mutant(
+        decode_kernels,
+        "position = tl.where(position >= tile * BLOCK_N, position, kv_len)",
+        "position = tl.where(position >= 0, position, kv_len)",
+        tile=DESCRIPTOR,
+    ),
+    "the page stays the first tile's": Mutant(decode_kernels, "page = next_page", "page = page", NEEDLE),
+    "decode does not rescale": Mutant(decode_kernels, "acc = acc * rescale[:, None]", "acc = acc"),
+    "combine does not rescale, few rows": Mutant(*NO_RESCALE, TALL, units=60),
+    "combine does not rescale, many rows": Mutant(*NO_RESCALE, MANY_ROWS, MANY_PARTS, units=1),
+    "combine leaves out the last split": Mutant(combine_kernels, "(slot < slot_hi)", "(slot < slot_hi - 1)"),
+    "combine writes the base-2 logarithm": Mutant(combine_kernels, "tl.log2(total)) * LN_2", "tl.log2(total))"),
+    "the plan drops a tile at each cut": Mutant(
+        split_kernels, "(part + 1) * share - origin)", "(part + 1) * share - origin - 1)"
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_a_broken_kernel_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    solve_with_tile(mutant.case, mutant.tile, mutant.units)
+    user, kernel = LAUNCHES[mutant.module]
+    monkeypatch.setattr(user, kernel, getattr(mutant.write(tmp_path), kernel))
+    with pytest.raises(AssertionError, match="^(out|lse)") as caught:
+        solve_with_tile(mutant.case, mutant.tile, mutant.units)
+    print(caught.value)

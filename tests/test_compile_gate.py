@@ -1,0 +1,115 @@
+"""The compile gate: it flags what is wrong, its budgets cover every tile rule, and a kernel of each vendor compiles."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+from ci import compile_gate as gate
+from ci.cross_compile import Resources
+from portable_mla.backends.triton.backend import GEOMETRIES, MAX_HEADS, MAX_QUERY_LEN
+from portable_mla.backends.triton.tile import TileRequest, choose_tile
+from portable_mla.device import ARCHS
+
+ROOT = Path(__file__).parent.parent
+PAGE_SIZES = (1, 2, 16, 32, 48, 64, 128, 544)
+NAME = "decode 512+64 64x64w8s2 descriptor"
+BUDGET = Resources(registers=255, spills=16, loop_spills=0, shared=216 * 1024, matrix={"HGMMA": 76})
+RECORDED = sorted(gate.read_budgets())
+
+
+@pytest.mark.parametrize(
+    ("found", "fault"),
+    [
+        (replace(BUDGET, shared=ARCHS["sm90"].shared_memory + 1), "of shared memory"),
+        (replace(BUDGET, matrix={}), "no matrix instruction"),
+        (replace(BUDGET, spills=24), "spills 24, the budget is 16"),
+        (replace(BUDGET, loop_spills=1), "in the loop"),
+        (replace(BUDGET, registers=BUDGET.registers + gate.SLACK_REGISTERS + 1), "registers, the budget is"),
+    ],
+)
+def test_the_gate_flags_each_fault_by_name(found: Resources, fault: str) -> None:
+    wrong = gate.violations("sm90", {NAME: found}, {NAME: BUDGET})
+    assert len(wrong) == 1
+    assert wrong[0].startswith(f"sm90 {NAME}: ")
+    assert fault in wrong[0]
+
+
+def test_the_gate_flags_a_missing_budget() -> None:
+    assert "no budget" in gate.violations("sm90", {NAME: BUDGET}, {"another": BUDGET})[0]
+    assert "no budgets for Triton" in gate.violations("sm90", {NAME: BUDGET}, {})[0]
+
+
+def test_the_gate_passes_what_is_within_its_budget() -> None:
+    within = replace(BUDGET, registers=BUDGET.registers + gate.SLACK_REGISTERS, spills=0)
+    assert (
+        gate.violations("sm90", {NAME: within, "plan": replace(BUDGET, matrix={})}, {NAME: BUDGET, "plan": BUDGET})
+        == []
+    )
+
+
+def test_recorded_budgets_read_back_as_they_were_and_other_versions_stay(tmp_path: Path) -> None:
+    path = tmp_path / "budgets.json"
+    gate.record({"sm90": {NAME: BUDGET}}, path)
+    path.write_text(path.read_text().replace(f'"{gate.version()}"', '"0.1"'))
+    gate.record({"sm90": {NAME: BUDGET}, "gfx942": {"plan": BUDGET}}, path)
+    assert gate.read_budgets(path) == {
+        "0.1": {"sm90": {NAME: BUDGET}},
+        gate.version(): {"sm90": {NAME: BUDGET}, "gfx942": {"plan": BUDGET}},
+    }
+
+
+@pytest.mark.parametrize("arch", gate.RULES)
+def test_every_request_has_a_rule_and_every_rule_a_request(arch: str) -> None:
+    used = set()
+    for rows, page_size, geometry in itertools.product(range(1, MAX_HEADS * MAX_QUERY_LEN + 1), PAGE_SIZES, GEOMETRIES):
+        request = TileRequest(rows, *geometry, page_size)
+        rule = gate.rule_of(arch, request)
+        assert choose_tile(gate.RULES[arch], request) is rule.tile
+        used.add(rule)
+    assert used == set(gate.RULES[arch]), "a rule that no request follows is dead"
+
+
+def test_every_architecture_with_a_gpu_has_rules() -> None:
+    assert set(gate.RULES) == set(ARCHS) - {"cpu"}
+
+
+@pytest.mark.parametrize("arch", gate.RULES)
+def test_the_gate_compiles_every_rule_geometry_and_dtype(arch: str) -> None:
+    compiled = gate.rule_requests(arch)
+    assert {gate.rule_of(arch, request) for request in compiled} == set(gate.RULES[arch])
+    names = list(gate.variants(arch))
+    for latent_dim, rope_dim in GEOMETRIES:
+        assert any(name.startswith(f"decode {latent_dim}+{rope_dim} ") for name in names)
+    for ending in (" fp16", "spread", "grouped", "plan"):
+        assert any(name.endswith(ending) for name in names)
+
+
+@pytest.mark.parametrize("triton_version", RECORDED)
+@pytest.mark.parametrize("arch", gate.RULES)
+def test_every_variant_has_a_budget_and_fits(arch: str, triton_version: str) -> None:
+    budgets = gate.read_budgets()[triton_version].get(arch, {})
+    stale = "record the tiles' budgets anew: python ci/compile_gate.py --record"
+    assert set(budgets) == set(gate.variants(arch)), stale
+    assert gate.violations(arch, budgets, budgets) == []
+
+
+def test_a_kernel_of_each_vendor_compiles_within_its_budget() -> None:
+    if gate.version() not in RECORDED:
+        pytest.skip(f"budgets are recorded for Triton {', '.join(RECORDED)}, this is {gate.version()}")
+    command = [sys.executable, "ci/compile_gate.py", "--arch", "sm90", "gfx942", "--only", "fp16", "--jobs", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert "2 kernels" in done.stdout
+    assert "HGMMA" in done.stdout
+    assert "_f16" in done.stdout
