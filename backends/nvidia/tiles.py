@@ -48,8 +48,9 @@ _SM80 = (
 )
 # wgmma from 64 rows on, mma.sync below; 227 KB
 _SM90 = (
-    # 255 regs, 16 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B. Predicted 542 us at (128, 128, 4096), measured 534; 64x32 took
-    # 648, 32x64 784, 16x32 957
+    # 255 regs, 24 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B. Predicted 542 us at (128, 128, 4096), measured 534; 64x32 took
+    # 648, 32x64 784, 16x32 957. Branching around the mask of whole tiles was predicted to gain 10 % (it stops the two
+    # warpgroups from scoring twice) and lost 3 %: the weights then cross shared memory. Dropped
     Rule(when(latent_above=256, rows_above=32, whole_tiles=64), Tile(64, 64, 8, 2, "descriptor")),
     # 255 regs, 32 B, 216 KB, 76 HGMMA; 3.9: 255, 400 B. 572 us at (128, 128, 4096), page 16: 709, where 64x32 took 769
     Rule(when(latent_above=256, rows_above=32), Tile(64, 64, 8, 2)),
