@@ -5,6 +5,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=$ROOT/.venv
 CONSTRAINTS=$ROOT/ci/constraints.txt
+NEWEST_TRITON=triton==3.9.0 # the newest that ci/budgets.json has figures for
 NEEDED=(torch numpy triton pytest pytest_timeout hypothesis typer rich)
 LINTERS=(ruff mypy pyright)
 PY= # the Python that runs everything, chosen by setup
@@ -18,6 +19,7 @@ usage: bash ci/run.sh VERB [ARGUMENTS]
   test [PYTEST ARGS]  the test suite, for instance: bash ci/run.sh test -k planner
   compile [ARGS]      compile every GPU kernel for every architecture, without a GPU, and hold registers, spills
                       and shared memory to the budgets in ci/budgets.json, for instance: compile --arch sm90
+  compile-newest [ARGS]  the same with the newest Triton that there are budgets for
   demo [DEMO ARGS]    portable-mla demo
   gpu [PYTEST ARGS]   for GPU runners: portable-mla doctor, then the test suite.
                       PORTABLE_MLA_REQUIRE names the hardware that must be there, for instance sm90
@@ -230,6 +232,18 @@ compile_gate() {
   "$PY" ci/compile_gate.py "$@"
 }
 
+# The newest Triton lies in a folder of its own, in front of the installed one for this command alone.
+compile_with_newest_triton() {
+  local folder=$VENV/$NEWEST_TRITON
+  mkdir -p "$VENV"
+  if [[ ! -d $folder ]]; then
+    say "fetching $NEWEST_TRITON"
+    pip_install --no-deps --target "$folder.part" "$NEWEST_TRITON"
+    mv "$folder.part" "$folder"
+  fi
+  PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} compile_gate "$@"
+}
+
 command_line() {
   say "portable-mla $*"
   "$PY" -c 'import sys; from portable_mla.cli import main; sys.argv[0] = "portable-mla"; sys.exit(main())' "$@"
@@ -268,6 +282,10 @@ main() {
     test)
       setup
       run_tests "${@:2}"
+      ;;
+    compile-newest)
+      setup
+      compile_with_newest_triton "${@:2}"
       ;;
     compile)
       setup
