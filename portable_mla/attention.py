@@ -74,9 +74,11 @@ class MLAAttention:
         """
         capacity = self.request.capacity
         page_size = self.request.shape.page_size
+        uniform_tokens = batch.size * batch.max_query_len if batch.query_lens is None else 0
         for field, planned, got in (
             ("max_batch", capacity.max_batch, batch.size),
             ("max_query_len", capacity.max_query_len, batch.max_query_len),
+            ("max_query_tokens", capacity.max_query_tokens, uniform_tokens),
         ):
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")

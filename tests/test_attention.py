@@ -91,6 +91,12 @@ def test_a_batch_beyond_the_capacity_is_refused(case: Case, field: str) -> None:
         attention().plan(build(case).batch)
 
 
+def test_more_query_tokens_than_planned_are_refused() -> None:
+    problem = build(Case((9, 9), max_query_len=2))
+    with pytest.raises(PlanMismatch, match="max_query_tokens: planned 3, got 4"):
+        attention(capacity=dataclasses.replace(CAPACITY, max_query_tokens=3)).plan(problem.batch)
+
+
 @pytest.mark.parametrize(
     ("case", "field"),
     [

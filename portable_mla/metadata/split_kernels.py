@@ -102,10 +102,13 @@ def _write_items(
 
 @triton.jit
 def _write_tokens(
-    token_slots_ptr, query_start, query_len, pieces, slot_start, MAX_QUERY_LEN: tl.constexpr, BLOCK_Q: tl.constexpr
-):
+    token_slots_ptr, query_start, query_len, pieces, slot_start, max_tokens, MAX_QUERY_LEN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Slots of each query token. Tokens beyond the capacity are not written, whatever the lengths say."""
     token = tl.arange(0, BLOCK_Q)[None, :]
     mask = (token < query_len[:, None]) & (token < MAX_QUERY_LEN)
+    mask = mask & (query_start[:, None] >= 0) & (query_start[:, None] + token < max_tokens)
     slot_lo = tl.where(pieces > 1, slot_start, 0)
     slot_hi = tl.where(pieces > 1, slot_start + pieces, tl.where(pieces == 1, -1, 0))
     record_ptr = token_slots_ptr + (query_start[:, None] + token) * 4
@@ -178,7 +181,7 @@ def plan_splits_kernel(
         items_ptr, part_indptr_ptr, request, start, tiles, first, pieces, item_start, slot_start, previous_last, share,
         overhead, kv_len, query_start, query_len, BLOCK_P,
     )  # fmt: skip
-    _write_tokens(token_slots_ptr, query_start, query_len, pieces, slot_start, MAX_QUERY_LEN, BLOCK_Q)
+    _write_tokens(token_slots_ptr, query_start, query_len, pieces, slot_start, max_tokens, MAX_QUERY_LEN, BLOCK_Q)
     if own + BLOCK_B >= batch:
         last_part = tl.maximum(last_part, tl.max(tl.where(tiles > 0, last, -1), 0))
         first_padding = tl.load(query_indptr_ptr + batch)

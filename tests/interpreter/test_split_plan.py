@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -142,3 +143,13 @@ def test_no_part_is_longer_than_its_share(parts: int) -> None:
             assert sum(high - low for _, low, high, *_ in items[start:stop]) <= fair + 1
 
     holds()
+
+
+def test_tokens_beyond_the_capacity_are_not_written() -> None:
+    shape = PlanShape(parts=4, max_batch=3, max_tokens=5, max_query_len=4, block_n=16, min_tiles=2)
+    plan = SplitPlan.allocate(shape, torch.device("cpu"))
+    guarded = torch.full((12, 4), UNWRITTEN, dtype=torch.int32)
+    plan = dataclasses.replace(plan, token_slots=guarded[:5])
+    plan.update(torch.tensor([40, 3, 100], dtype=torch.int32), torch.tensor([0, 4, 8, 12], dtype=torch.int32))
+    assert (guarded[5:] == UNWRITTEN).all()
+    assert (guarded[:5, :3] != UNWRITTEN).all()
