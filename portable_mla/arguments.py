@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class DecodeArguments:
                 f"got {self.q.shape[0]}. Give query_lens for ragged queries"
             )
 
-    @property
+    @functools.cached_property
     def shape(self) -> MLAShape:
         """What the tensors say of the model."""
         cache_format = cache_format_of(self.kv_cache.dtype)

@@ -11,7 +11,7 @@ from portable_mla.device import arch_of
 from portable_mla.dispatch import Explanation, explain, select
 from portable_mla.errors import PlanMismatch
 from portable_mla.metadata import DecodeMetadata, PagedBatch
-from portable_mla.ops import register_planned, scale_tensor
+from portable_mla.ops import register_planned, result_tensors, scale_tensor
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
@@ -116,9 +116,7 @@ class MLAAttention:
 
         Raises PlanMismatch when the tensors, or lengths changed since, do not fit the plan.
         """
-        latent_dim = self.request.shape.latent_dim
-        out = q.new_empty(*q.shape[:2], latent_dim) if out is None else out
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32) if lse is None else lse
+        out, lse = result_tensors(q, self.request.shape.latent_dim, out, lse)
         scale = scale_tensor(kv_scale, q.device)
         torch.ops.portable_mla.decode_planned.default(q, kv_cache, out, lse, self._handle, softmax_scale, scale)
         return out, lse

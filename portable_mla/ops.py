@@ -85,9 +85,17 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
     if out is None and lse is None:
         result: tuple[Tensor, Tensor] = torch.ops.portable_mla.decode.default(q, kv_cache, *batch, *tail)
         return result
+    out, lse = result_tensors(q, latent_dim, out, lse)
+    torch.ops.portable_mla.decode_out.default(q, kv_cache, *batch, out, lse, *tail)
+    return out, lse
+
+
+def result_tensors(
+    q: Tensor, latent_dim: int, out: Tensor | None = None, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The results to write into: those given, else new ones, [tokens, heads, latent] in q's dtype and float32."""
     out = q.new_empty(*q.shape[:2], latent_dim) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if lse is None else lse
-    torch.ops.portable_mla.decode_out.default(q, kv_cache, *batch, out, lse, *tail)
     return out, lse
 
 
@@ -158,7 +166,7 @@ def _decode(  # noqa: PLR0913 (the op's schema)
 ) -> tuple[Tensor, Tensor]:
     batch = PagedBatch(block_table, kv_lens, query_lens, max_query_len)
     arguments = DecodeArguments(q, kv_cache, batch, latent_dim, softmax_scale, kv_scale)
-    out, lse = q.new_empty((*q.shape[:2], latent_dim)), q.new_empty(q.shape[:2], dtype=torch.float32)
+    out, lse = result_tensors(q, latent_dim)
     _serve(arguments, out, lse, deterministic, backend)
     return out, lse
 
@@ -197,8 +205,7 @@ def _results(  # noqa: PLR0913 (the op's schema)
     deterministic: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:2], latent_dim))
-    return out, q.new_empty(q.shape[:2], dtype=torch.float32)
+    return result_tensors(q, latent_dim)
 
 
 def _decode_planned(

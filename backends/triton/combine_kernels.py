@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-LN_2 = tl.constexpr(0.6931471805599453)
+from portable_mla.backends.triton.decode_kernels import LN_2, START_MAX
+
 NO_SPLIT = tl.constexpr(-1)
-START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never form inf - inf
 
 
 @triton.jit(do_not_specialize=["heads", "max_rows"])

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from portable_mla.metadata.split_kernels import ITEM_FIELDS
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-ITEM_FIELDS = tl.constexpr(8)
-START_MAX = tl.constexpr(-1.0e30)  # finite, so that masked rows never form inf - inf
+START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never form inf - inf
 
 
 @triton.jit

@@ -35,11 +35,10 @@ class TileRequest:
     latent_dim: int
     rope_dim: int
     page_size: int
-    descriptors: bool = True  # cache strides and address allow tensor descriptors
 
     def whole_tiles(self, block_n: int) -> bool:
         """Whether tiles of block_n positions never cross a page, as descriptor loads need."""
-        return self.descriptors and self.page_size % block_n == 0
+        return self.page_size % block_n == 0
 
 
 @dataclass(frozen=True)

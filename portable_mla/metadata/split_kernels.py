@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-ITEM_FIELDS = tl.constexpr(8)
+ITEM_FIELDS = tl.constexpr(8)  # of an item: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
 
 
 @triton.jit

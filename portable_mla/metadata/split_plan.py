@@ -14,9 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from portable_mla.metadata.split_kernels import plan_splits_kernel
+from portable_mla.metadata.split_kernels import ITEM_FIELDS, plan_splits_kernel
 
-ITEM_FIELDS = 8
 OVERHEAD_TILES = 4  # what starting a request costs, in tiles
 MIN_PIECE_TILES = 1  # a cut leaves at least this many tiles on both sides; a part has at least twice as many
 REQUESTS_PER_PROGRAM = 16
@@ -66,7 +65,7 @@ class SplitPlan:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        return cls(shape, zeros(shape.parts + 1), zeros(shape.max_items, ITEM_FIELDS), zeros(shape.max_tokens, 4))
+        return cls(shape, zeros(shape.parts + 1), zeros(shape.max_items, ITEM_FIELDS.value), zeros(shape.max_tokens, 4))
 
     def update(self, kv_lens: Tensor, query_indptr: Tensor) -> None:
         """Plan one step. kv_lens: [batch] int32; query_indptr: [batch + 1] int32. No value is read on the host."""
