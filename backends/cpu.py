@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
-from portable_mla.metadata import DecodeMetadata, Form, PagedBatch
+from portable_mla.metadata import DecodeMetadata, Needs, PagedBatch
 from portable_mla.shape import Phase, Request
 
 # Measured on 2 cores (AVX-512), batch 8 x 16 heads x 4096, milliseconds for bf16 / fp16 / fp32: 13.3 / 12.4 / 14.0;
@@ -34,8 +34,8 @@ class _CpuBackend:
         )
         return tuple(reason for holds, reason in checks if not holds)
 
-    def needs(self, request: Request) -> frozenset[Form]:
-        return frozenset({Form.block_table})
+    def needs(self, request: Request) -> Needs:
+        return Needs()
 
     def bind(self, request: Request) -> Runner:
         # A request that is computed alone, in chunks of a fixed size, has the same bits in any batch.
@@ -66,6 +66,13 @@ class CpuRunner:
         self._shape, self._slab_requests = request.shape, slab_requests
         self._chunk_pages = max(1, chunk_tokens // request.shape.page_size)
         self._slabs: tuple[_Slab, ...] = ()
+
+    @property
+    def graph_safe(self) -> bool:
+        return False
+
+    def memory(self) -> dict[str, int]:
+        return {}
 
     def plan(self, metadata: DecodeMetadata) -> None:
         batch = metadata.batch

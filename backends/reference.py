@@ -7,7 +7,7 @@ from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
 from portable_mla.cache_format import cache_format_of, dequantise_rows
-from portable_mla.metadata import DecodeMetadata, Form, PagedBatch
+from portable_mla.metadata import DecodeMetadata, Needs, PagedBatch
 from portable_mla.shape import Phase, Request
 
 
@@ -89,8 +89,8 @@ class _ReferenceBackend:
     def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
         return () if request.phase is Phase.decode else (f"needs phase decode, got {request.phase.value}",)
 
-    def needs(self, request: Request) -> frozenset[Form]:
-        return frozenset({Form.block_table})
+    def needs(self, request: Request) -> Needs:
+        return Needs()
 
     def bind(self, request: Request) -> Runner:
         return _ReferenceRunner(request.shape.latent_dim)
@@ -101,8 +101,15 @@ class _ReferenceRunner:
         self._latent_dim = latent_dim
         self._batch: PagedBatch | None = None
 
+    @property
+    def graph_safe(self) -> bool:
+        return False
+
     def plan(self, metadata: DecodeMetadata) -> None:
         self._batch = metadata.batch
+
+    def memory(self) -> dict[str, int]:
+        return {}
 
     def run(
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None

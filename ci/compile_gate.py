@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 import triton
 
-from ci.cross_compile import Resources, compile_combine, compile_decode, compile_plan
+from ci.cross_compile import Resources, compile_combine, compile_decode, compile_plan, compile_ragged
 from portable_mla.backends.amd import tiles as amd_tiles
 from portable_mla.backends.nvidia import tiles as nvidia_tiles
 from portable_mla.backends.triton.backend import GEOMETRIES
@@ -103,10 +103,13 @@ def variants(arch: str) -> dict[str, Job]:
     most = TileRequest(128, *GEOMETRIES[0], 64)
     jobs.append(decode_job(arch, most, "fp16"))
     tile, request = rule_of(arch, most).tile, decode_request(arch, most)
+    ragged = replace(request, max_query_len=8, uniform_queries=False)
     jobs += [
         ("combine spread", functools.partial(compile_combine, request, tile, "spread")),
         ("combine grouped", functools.partial(compile_combine, request, tile, "grouped")),
-        ("plan", functools.partial(compile_plan, replace(request, max_query_len=8), tile)),
+        ("plan", functools.partial(compile_plan, ragged, tile)),
+        ("plan fixed", functools.partial(compile_plan, replace(ragged, deterministic=True), tile)),
+        ("ragged", functools.partial(compile_ragged, request)),
     ]
     return dict(jobs)  # rules that differ in their plans alone share a kernel, and its name
 

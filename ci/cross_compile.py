@@ -17,11 +17,13 @@ from triton.compiler import ASTSource
 
 from portable_mla.backends.triton.combine_kernels import combine_kernel
 from portable_mla.backends.triton.decode_kernels import decode_kernel
-from portable_mla.backends.triton.runner import TritonRunner
+from portable_mla.backends.triton.runner import TritonRunner, plan_shape
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.device import Arch
-from portable_mla.metadata import split_plan
+from portable_mla.metadata.ragged import ragged_constants
+from portable_mla.metadata.ragged_kernels import write_ragged_kernel
 from portable_mla.metadata.split_kernels import plan_splits_kernel
+from portable_mla.metadata.split_plan import plan_constants
 from portable_mla.shape import Request
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -71,13 +73,14 @@ class Resources:
 
 def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Resources:
     """The decode kernel as the runner launches it. aligned: the cache's address and strides allow wide loads."""
-    loads = tile.loads if aligned else "pointer"
-    constants = TritonRunner(request, tile)._launches[loads] | {"stride_lse_head": 1}
+    loads: Literal["descriptor", "pointer"] = tile.loads if aligned else "pointer"
+    constants = TritonRunner(request, tile).decode_constants(loads) | {"stride_lse_head": 1}
     dtype = DTYPES[request.shape.q_dtype]
     types = _default_types(decode_kernel)
     types |= {name: "i32!" for name in types if name.startswith(("stride_q", "stride_kv", "stride_out"))}
     types |= dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), f"*{dtype}!")
-    types |= dict.fromkeys(("table_ptr", "part_indptr_ptr", "items_ptr"), "*i32!")
+    types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
+    types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
     types["softmax_scale"] = "fp32"
     if not aligned:
         types |= {name: types[name].rstrip("!") for name in ("kv_ptr", "stride_kv_page", "stride_kv_slot")}
@@ -92,7 +95,7 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Res
 def compile_combine(request: Request, tile: Tile, kind: Literal["spread", "grouped"]) -> Resources:
     """The combine kernel for few tokens or for many."""
     runner = TritonRunner(request, tile)
-    _, constants = runner._spread if kind == "spread" else runner._grouped
+    _, constants = runner.combines[kind]
     types = _default_types(combine_kernel)
     types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "token_slots_ptr": "*i32!"}
     types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
@@ -100,15 +103,21 @@ def compile_combine(request: Request, tile: Tile, kind: Literal["spread", "group
 
 
 def compile_plan(request: Request, tile: Tile) -> Resources:
-    """The kernel that plans the splits."""
-    constants = {
-        "MAX_QUERY_LEN": request.max_query_len, "BLOCK_Q": triton.next_power_of_2(request.max_query_len),
-        "BLOCK_N": tile.block_n, "OVERHEAD": split_plan.OVERHEAD_TILES, "MIN_PIECE": split_plan.MIN_PIECE_TILES,
-        "BLOCK_B": split_plan.REQUESTS_PER_PROGRAM, "BLOCK_P": split_plan.PIECES_PER_STEP,
-        "SCAN": split_plan.REQUESTS_PER_SCAN, "num_warps": 4,
-    }  # fmt: skip
-    types = {name: "*i32!" if name.endswith("_ptr") else "i32" for name in plan_splits_kernel.arg_names}
-    return _compile(plan_splits_kernel, request.arch, types, constants)
+    """The kernel that plans the splits, for a ragged batch without positions of its own."""
+    constants = plan_constants(plan_shape(request, tile), request.shape.page_size) | {"positions_ptr": None}
+    return _compile(plan_splits_kernel, request.arch, _index_types(plan_splits_kernel), constants)
+
+
+def compile_ragged(request: Request) -> Resources:
+    """The kernel that writes ragged token indices, for a ragged batch without positions of its own."""
+    constants = ragged_constants(request.shape.page_size, 1) | {"given_positions_ptr": None}
+    return _compile(write_ragged_kernel, request.arch, _index_types(write_ragged_kernel), constants)
+
+
+def _index_types(kernel: Any) -> dict[str, str]:
+    """Of a metadata kernel: 32-bit numbers, but for the status words and the page table's address."""
+    types = {name: "*i32!" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    return types | {name: "*i64!" for name in ("table_header_ptr", "status_ptr") if name in types}
 
 
 def _default_types(kernel: Any) -> dict[str, str]:

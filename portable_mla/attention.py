@@ -9,8 +9,8 @@ from portable_mla.arguments import check_cache_row, check_kv_scale, check_output
 from portable_mla.backend import DecodeInputs
 from portable_mla.device import arch_of
 from portable_mla.dispatch import Explanation, explain, select
-from portable_mla.errors import PlanMismatch
-from portable_mla.metadata import DecodeMetadata, PagedBatch
+from portable_mla.errors import GraphCaptureError, PlanMismatch
+from portable_mla.metadata import DecodeBuffers, Limits, PagedBatch, Status
 from portable_mla.ops import register_planned, result_tensors, scale_tensor
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
@@ -26,8 +26,12 @@ class MLAAttention:
         for layer in range(layers):
             out, lse = attention(q[layer], cache[layer], softmax_scale=scale)  # once a layer
 
+    Metadata lives in buffers of fixed addresses that `plan` writes on the device without a sync. A graph that captured
+    the calls of a step, and its plan too if wanted, stays right at any lengths and any batch up to what it captured:
+    plan(batch) outside the graph, then replay. An attention belongs to one stream at a time.
+
     uniform_queries says that every batch has exactly max_query_len query tokens a request; without it batches may be
-    ragged. backend and deterministic default to the environment's settings, read here, once.
+    ragged. backend, deterministic and persistent_metadata default to the environment's settings, read here, once.
     Raises NoBackend, with every reason, when nothing can serve.
     """
 
@@ -42,8 +46,8 @@ class MLAAttention:
         backend: str | None = None,
         settings: Settings | None = None,
     ) -> None:
-        settings = Settings.from_env() if settings is None else settings
-        self._device = torch.device(device)
+        self._settings = settings = Settings.from_env() if settings is None else settings
+        self._device = _indexed(torch.device(device))
         arch = arch_of(self._device)
         deterministic = deterministic or settings.deterministic
         self.request = Request(
@@ -53,11 +57,14 @@ class MLAAttention:
         forced = backend or settings.backend
         self.explanation: Explanation = explain(self.request, forced)
         self._backend = select(self.request, forced)
-        self._forms = self._backend.needs(self.request)
         self._runner = self._backend.bind(self.request)
+        self._status = Status.allocate(self._device)
+        self._buffers = self._new_buffers()
+        self._most_pages = self._planned_pages = capacity.max_pages  # that page ids may name; those of this plan
         self._batch: PagedBatch | None = None
         self._generation: tuple[int, ...] = ()
         self._checked: set[tuple[object, ...]] = set()
+        self._captured = False
         self._handle = register_planned(self)
 
     @property
@@ -66,14 +73,57 @@ class MLAAttention:
         assert self.explanation.chosen is not None
         return self.explanation.chosen
 
+    @property
+    def positions(self) -> Tensor:
+        """[max_query_tokens] int32, any stride: RoPE position of each query token of the latest plan, the batch's own
+        where it gave them, else kv_len - query_len + i; 0 for padding. Its address never changes: kernels, captured
+        ones too, read it in place."""
+        return self._buffers.positions
+
+    def memory(self) -> dict[str, int]:
+        """Device bytes held from step to step, by part. They depend on the capacity alone, never on the lengths."""
+        parts = {part: sum(t.nbytes for t in tensors) for part, tensors in self._buffers.tensors().items()}
+        return {"status": self._status.words.nbytes} | parts | self._runner.memory()
+
+    def check(self) -> None:
+        """Wait for the device and raise what it met since the last check: an IndexError naming the request, the value
+        and what is allowed, for page ids outside the cache, lengths over the capacity, more query tokens than
+        max_query_len or than q has. Rows of such requests are NaN. Not for captures."""
+        capacity = self.request.capacity
+        context, tokens = capacity.max_context, capacity.max_query_tokens
+        if self._batch is not None:
+            context = min(context, self._batch.block_table.shape[1] * self.request.shape.page_size)
+        self._status.check(Limits(self._planned_pages, context, capacity.max_query_len, tokens))
+
     def plan(self, batch: PagedBatch) -> None:
         """Prepare a step. The batch's tensors must stay as they are until the next plan.
 
-        Raises PlanMismatch for a batch beyond the capacity, and ValueError or IndexError, naming the request, for
-        lengths or page ids that host memory shows to be wrong.
+        Raises PlanMismatch for a batch beyond the capacity, GraphCaptureError where a capture could not repeat it, and
+        ValueError or IndexError, naming the request, for lengths or page ids that host memory shows to be wrong; on a
+        GPU those set the status words for `check`, or raise here under PORTABLE_MLA_DEBUG=1.
         """
+        self._check_batch(batch)
+        self._describe(batch, self._most_pages)
+        self._batch, self._generation = batch, _generation(batch)
+
+    def _describe(self, batch: PagedBatch, pages: int) -> None:
+        """Write the metadata, for page ids below `pages`."""
+        capturing = self._note_capture()
+        if batch.device.type == "cpu" or (self._settings.debug and not capturing):
+            self._check_values(batch, pages)
+        if not self._settings.persistent_metadata:
+            self._buffers = self._new_buffers()
+        with torch.cuda.device_of(batch.kv_lens):
+            self._runner.plan(self._buffers.update(batch, pages))
+        self._planned_pages = pages
+
+    def _new_buffers(self) -> DecodeBuffers:
+        request, debug = self.request, self._settings.debug
+        needs = self._backend.needs(request)
+        return DecodeBuffers(request.capacity, request.shape.page_size, needs, self._status, debug=debug)
+
+    def _check_batch(self, batch: PagedBatch) -> None:
         capacity = self.request.capacity
-        page_size = self.request.shape.page_size
         uniform_tokens = batch.size * batch.max_query_len if batch.query_lens is None else 0
         for field, planned, got in (
             ("max_batch", capacity.max_batch, batch.size),
@@ -81,7 +131,7 @@ class MLAAttention:
             ("max_query_tokens", capacity.max_query_tokens, uniform_tokens),
         ):
             if got > planned:
-                raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
+                raise PlanMismatch(field, planned, got, self._more_capacity())
         if self.request.uniform_queries:
             if batch.query_lens is not None:
                 raise PlanMismatch(
@@ -92,15 +142,33 @@ class MLAAttention:
                 raise PlanMismatch("max_query_len", capacity.max_query_len, batch.max_query_len, hint)
         if not _same_device(batch.device, self._device):
             raise ValueError(f"block_table: is on {batch.device}, this attention is on {self._device}")
-        if batch.device.type == "cpu":
-            batch.check_values(page_size, capacity.max_pages, capacity.max_query_tokens)
-            longest = int(batch.kv_lens.max()) if batch.size else 0
-            if longest > capacity.max_context:
-                raise PlanMismatch("max_context", capacity.max_context, longest, "Build with more capacity")
-        if batch.size:
-            with torch.cuda.device_of(batch.kv_lens):
-                self._runner.plan(DecodeMetadata.build(batch, self._forms))
-        self._batch, self._generation = batch, _generation(batch)
+
+    def _check_values(self, batch: PagedBatch, pages: int) -> None:
+        capacity = self.request.capacity
+        batch.check_values(self.request.shape.page_size, pages, capacity.max_query_tokens)
+        longest = int(batch.kv_lens.max()) if batch.size else 0
+        if longest > capacity.max_context:
+            raise PlanMismatch("max_context", capacity.max_context, longest, self._more_capacity())
+
+    def _more_capacity(self) -> str:
+        if self._captured:
+            return "Build a new MLAAttention with more capacity: captured graphs hold the buffers of this one"
+        return "Build an MLAAttention with more capacity"
+
+    def _note_capture(self) -> bool:
+        """Whether the current stream is being captured; raises GraphCaptureError where that could not be replayed."""
+        if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return False
+        if not self._settings.persistent_metadata:
+            raise GraphCaptureError(
+                "PORTABLE_MLA_PERSISTENT_METADATA=0 allocates the metadata of each step anew, where a captured graph "
+                "would not look for it"
+            )
+        if not self._runner.graph_safe:
+            raise GraphCaptureError(f"the backend {self.backend} reads lengths on the host")
+        if self._batch is None:
+            raise GraphCaptureError("nothing was planned yet, so buffers would be allocated inside the capture")
+        return True
 
     def __call__(
         self,
@@ -126,20 +194,34 @@ class MLAAttention:
     ) -> None:
         """What the op `decode_planned` does."""
         batch = self._planned_batch()
+        capturing = self._note_capture()
         call = tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr()) for t in (q, kv_cache, out, lse))
         if call not in self._checked:
             self._check_call(q, kv_cache, out, lse)
             self._remember(call)
+        pages = kv_cache.shape[0]
+        if pages < self._planned_pages:
+            self._plan_for_pages(pages, capturing)
         tokens = batch.size * batch.max_query_len
         if batch.query_lens is None and q.shape[0] != tokens:
             raise PlanMismatch("query tokens", tokens, q.shape[0], "A uniform batch has max_query_len a request")
         check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch)
-        if batch.size == 0:
-            out.zero_()
-            lse.fill_(-torch.inf)
-        elif q.shape[0]:
+        if q.shape[0]:
             with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
                 self._runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
+        if capturing:
+            self._captured, self._most_pages = True, min(self._most_pages, pages)
+        elif self._settings.debug:
+            self.check()
+
+    def _plan_for_pages(self, pages: int, capturing: bool) -> None:
+        """Page ids must be right for the smallest cache of a step: the first smaller one has it planned anew."""
+        assert self._batch is not None, "planned"
+        if capturing:
+            raise GraphCaptureError(
+                f"the step was planned for a cache of {self._planned_pages} pages, this has {pages}"
+            )
+        self._describe(self._batch, pages)
 
     def _planned_batch(self) -> PagedBatch:
         if self._batch is None:
@@ -177,11 +259,18 @@ class MLAAttention:
         check_outputs(q, kv_cache, shape.latent_dim, out, lse)
 
 
+def _indexed(device: torch.device) -> torch.device:
+    """ "cuda" names whatever GPU is current; buffers need to stay on one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
 
 
 def _generation(batch: PagedBatch) -> tuple[int, ...]:
     """Versions of the batch's tensors: they move when one is written in place (inference tensors carry none)."""
-    tensors = (batch.block_table, batch.kv_lens, batch.query_lens)
+    tensors = (batch.block_table, batch.kv_lens, batch.query_lens, batch.positions)
     return tuple(-1 if t is None or t.is_inference() else t._version for t in tensors)

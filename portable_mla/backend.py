@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from portable_mla.metadata import DecodeMetadata, Form
+from portable_mla.metadata import DecodeMetadata, Needs
 from portable_mla.shape import Request
 
 
@@ -30,8 +30,8 @@ class Backend(Protocol):
         """Every reason why it cannot serve `request`, each quoting what it needs and what it got; pure."""
         ...
 
-    def needs(self, request: Request) -> frozenset[Form]:
-        """The metadata forms that its runner reads."""
+    def needs(self, request: Request) -> Needs:
+        """The metadata forms that its runner reads; only those are built."""
         ...
 
     def bind(self, request: Request) -> Runner:
@@ -42,8 +42,17 @@ class Backend(Protocol):
 class Runner(Protocol):
     """A backend bound to one request shape; owns what outlives a step."""
 
+    @property
+    def graph_safe(self) -> bool:
+        """Whether plan and run read no value on the host, so that a graph may capture them."""
+        ...
+
     def plan(self, metadata: DecodeMetadata) -> None:
         """Prepare one step, in place; once a step."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Device bytes that outlive a step, by part."""
         ...
 
     def run(

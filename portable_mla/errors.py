@@ -23,3 +23,10 @@ class CacheFull(RuntimeError):
     def __init__(self, needed: int, free: int, total: int) -> None:
         super().__init__(f"needs {needed} pages, {free} of {total} are free; free a request or build a larger cache")
         self.needed, self.free, self.total = needed, free, total
+
+
+class GraphCaptureError(RuntimeError):
+    """A CUDA or HIP graph capture asked for what a captured graph could not repeat; nothing was launched."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}. Run plan(batch) and one call with these tensors before the capture")

@@ -16,7 +16,7 @@ from torch import Tensor
 from portable_mla.arguments import DecodeArguments, check_device, check_outputs, check_scale
 from portable_mla.backend import DecodeInputs
 from portable_mla.dispatch import select
-from portable_mla.metadata import DecodeMetadata, PagedBatch
+from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
 from portable_mla.settings import Settings
 
 _LIBRARY = torch.library.Library("portable_mla", "DEF")
@@ -186,8 +186,9 @@ def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: 
     if batch.device.type == "cpu":
         batch.check_values(request.shape.page_size, kv_cache.shape[0], q.shape[0])
     with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
-        runner = chosen.bind(request)
-        runner.plan(DecodeMetadata.build(batch, chosen.needs(request)))
+        runner, status = chosen.bind(request), Status.allocate(q.device)
+        buffers = DecodeBuffers(request.capacity, request.shape.page_size, chosen.needs(request), status)
+        runner.plan(buffers.update(batch, request.capacity.max_pages))
         inputs, scale = DecodeInputs(q, kv_cache), arguments.kv_scale
         runner.run(inputs, out, lse, softmax_scale=arguments.softmax_scale, kv_scale=scale)
 

@@ -20,12 +20,17 @@ class Settings:
 
     backend: serve every call with this backend or raise NoBackend; never falls back.
     deterministic: as if every call said deterministic=True.
+    persistent_metadata: an attention keeps its metadata buffers; off, it allocates new ones each step, which no graph
+    can capture.
+    debug: values are checked on the host at each plan and call, which syncs, and kernels assert on the device.
     require: architecture that must be present, or the test run stops (a GPU job cannot pass by skipping).
     hypothesis: property-test profile.
     """
 
     backend: str | None = None
     deterministic: bool = False
+    persistent_metadata: bool = True
+    debug: bool = False
     require: str | None = None
     hypothesis: str | None = None
 
@@ -60,16 +65,20 @@ class Variable:
     parse: Callable[[str], Any] = str
 
 
+def _switch(field: str, default: str, doc: str) -> Variable:
+    return Variable(field, tuple(_BOOLEANS), default, doc, _BOOLEANS.__getitem__)
+
+
 VARIABLES: dict[str, Variable] = {
     f"{PREFIX}BACKEND": Variable(
         "backend", tuple(BACKENDS), "best supported", "serve every call with this backend, or raise `NoBackend`"
     ),
-    f"{PREFIX}DETERMINISTIC": Variable(
-        "deterministic",
-        tuple(_BOOLEANS),
-        "0",
-        "a row's bits never depend on the rest of the batch",
-        _BOOLEANS.__getitem__,
+    f"{PREFIX}DETERMINISTIC": _switch("deterministic", "0", "a row's bits never depend on the rest of the batch"),
+    f"{PREFIX}PERSISTENT_METADATA": _switch(
+        "persistent_metadata", "1", "0: allocate metadata anew each step (same bits, slower, refuses graph capture)"
+    ),
+    f"{PREFIX}DEBUG": _switch(
+        "debug", "0", "check lengths and page ids by value at each plan and call (waits for the device)"
     ),
     f"{PREFIX}REQUIRE": Variable(
         "require", tuple(ARCHS), "unset", "tests: stop unless this architecture is present", str

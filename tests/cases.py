@@ -85,6 +85,13 @@ class Problem:
         """The same problem with another page table."""
         return replace(self, batch=replace(self.batch, block_table=block_table))
 
+    def first(self, requests: int) -> Problem:
+        """The first requests of a problem with a uniform batch."""
+        batch, tokens = self.batch, requests * self.batch.max_query_len
+        fewer = PagedBatch(batch.block_table[:requests], batch.kv_lens[:requests], None, batch.max_query_len)
+        lens = self.kv_lens[:requests], self.query_lens[:requests]
+        return replace(self, q=self.q[:tokens], batch=fewer, kv_lens=lens[0], query_lens=lens[1])
+
     def only(self, request: int) -> Problem:
         """One request of the problem, alone."""
         start = sum(self.query_lens[:request])

@@ -11,7 +11,7 @@ from torch import Tensor
 from portable_mla import UnsupportedDevice, arch_of, explain, mla_decode, select
 from portable_mla.arguments import DecodeArguments
 from portable_mla.backends import reference
-from portable_mla.metadata import DecodeMetadata
+from portable_mla.metadata import DecodeBuffers, Status
 from portable_mla.registry import ORDER
 from tests import acceptance
 from tests.cases import Case, Problem, build
@@ -70,7 +70,11 @@ class Target:
         request = replace(arguments.request(deterministic=False), **changes)
         backend = select(request, self.backend)
         runner = backend.bind(request)
-        runner.plan(DecodeMetadata.build(problem.batch, backend.needs(request)))
+        capacity = request.capacity
+        buffers = DecodeBuffers(
+            capacity, request.shape.page_size, backend.needs(request), Status.allocate(problem.q.device)
+        )  # fmt: skip
+        runner.plan(buffers.update(problem.batch, capacity.max_pages))
         out = torch.full_like(problem.q[..., : problem.latent_dim], torch.nan)
         lse = torch.full(problem.q.shape[:2], torch.nan, device=problem.q.device)
         runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from portable_mla import arch_of
+from portable_mla import arch_of, mla_decode
 from tests import acceptance
 from tests.cases import CONTENTS, Case, build
 from tests.targets import Target
@@ -154,16 +154,33 @@ def spread(tensor: Tensor, elements: int) -> Tensor:
     return flat.as_strided(tensor.shape, strides).copy_(tensor)
 
 
+@pytest.mark.gpu
+def test_a_grid_of_more_than_65535_requests_is_served(target: Target) -> None:
+    batch, heads = 70_000, 2
+    if target.device == "cpu" or target.backend == "reference":
+        pytest.skip(f"{target} launches no grid")
+    rng = torch.Generator(device="cuda").manual_seed(0)
+    q = torch.randn(batch, heads, 160, generator=rng, device="cuda").bfloat16()
+    cache = torch.randn(batch, 1, 160, generator=rng, device="cuda").bfloat16()
+    table = torch.randperm(batch, generator=rng, device="cuda").int()[:, None]
+    lens = torch.ones(batch, dtype=torch.int32, device="cuda")
+    out, lse = mla_decode(q, cache, table, lens, softmax_scale=0.1, latent_dim=128, backend=target.backend)
+    rows = cache[table[:, 0].long(), 0]
+    assert torch.equal(out, rows[:, None, :128].expand_as(out))
+    scores = torch.einsum("bhd,bd->bh", q.double(), rows.double()) * 0.1
+    assert bool(((lse.double() - scores).abs() <= 1e-4).all())
+
+
 @pytest.mark.parametrize(("chunk", "slab"), list(itertools.product((1, 32, 64, 300, 4096), (1, 3, 8))))
 def test_m5_the_cpu_backends_chunks_and_slabs_do_not_change_the_result(chunk: int, slab: int) -> None:
     from portable_mla.arguments import DecodeArguments
     from portable_mla.backends.cpu import CpuRunner
-    from portable_mla.metadata import DecodeMetadata
+    from portable_mla.metadata import DecodeMetadata, Status
 
     problem = build(Case((300, 1, 64, 0, 129), content="split_skew", max_query_len=2))
     arguments = DecodeArguments(problem.q, problem.kv_cache, problem.batch, 512, problem.softmax_scale)
     runner = CpuRunner(arguments.request(deterministic=False), chunk_tokens=chunk, slab_requests=slab)
-    runner.plan(DecodeMetadata.build(problem.batch, frozenset()))
+    runner.plan(DecodeMetadata(problem.batch, Status.allocate(torch.device("cpu"))))
     out, lse = torch.empty_like(problem.q[..., :512]), torch.empty(problem.q.shape[:2])
     runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
     acceptance.check(problem, out, lse)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-from portable_mla import MLAAttention
+from portable_mla import GraphCaptureError, MLAAttention, PagedBatch, Settings
 from portable_mla.arguments import DecodeArguments
 from tests import acceptance
-from tests.cases import Case, Problem, build
+from tests.cases import UNREAD_CELL, Case, Problem, build
 from tests.targets import Target
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +51,7 @@ def problems(query_lens: tuple[int, ...] | None) -> list[Problem]:
     return found
 
 
-def attention_for(problem: Problem, target: Target) -> MLAAttention:
+def attention_for(problem: Problem, target: Target, **options: Any) -> MLAAttention:
     """An attention with the capacity of every batch."""
     arguments = DecodeArguments(problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale)
     request = arguments.request(deterministic=False)
@@ -59,6 +61,7 @@ def attention_for(problem: Problem, target: Target) -> MLAAttention:
         device="cuda",
         uniform_queries=request.uniform_queries,
         backend=target.backend,
+        **options,
     )
 
 
@@ -92,6 +95,105 @@ def test_m20_a_captured_call_is_right_at_any_lengths(target: Target, query_lens:
         attend(q, cache, out, lse, softmax_scale=problem.softmax_scale)
         assert torch.equal(out, replayed[0])
         assert torch.equal(lse, replayed[1])
+
+
+def smaller(problem: Problem, requests: int, seed: int) -> PagedBatch:
+    """The first requests of a problem, over a table of their own: another address, another stride."""
+    batch = problem.batch
+    wide = torch.full((requests, batch.block_table.shape[1] + seed), UNREAD_CELL, dtype=torch.int32, device="cuda")
+    table = wide[:, : batch.block_table.shape[1]]
+    table.copy_(batch.block_table[:requests])
+    return PagedBatch(table, batch.kv_lens[:requests].clone(), None, batch.max_query_len)
+
+
+@pytest.mark.parametrize("plan_too", [False, True], ids=["call", "whole step"])
+def test_one_captured_graph_serves_every_smaller_batch(target: Target, plan_too: bool) -> None:
+    on_gpu(target)
+    problem = problems(None)[3]
+    attend = attention_for(problem, target)
+    q = problem.q.clone()
+    out = torch.empty(*q.shape[:2], problem.latent_dim, dtype=q.dtype, device="cuda")
+    lse = torch.empty(q.shape[:2], device="cuda")
+    batch = smaller(problem, len(problem.kv_lens), 0)
+
+    def step() -> None:
+        if plan_too:
+            attend.plan(batch)
+        attend(q, problem.kv_cache, out, lse, softmax_scale=problem.softmax_scale)
+
+    attend.plan(batch)
+    step()
+    expected = out.clone(), lse.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for requests in (4, 3, 1, 0, 2, 4):
+        tokens = requests * problem.batch.max_query_len
+        if plan_too:
+            batch.kv_lens.copy_(problem.batch.kv_lens)
+            batch.kv_lens[requests:] = 0
+        else:
+            attend.plan(smaller(problem, requests, requests))
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        graph.replay()
+        acceptance.check(problem.first(requests), out[:tokens], lse[:tokens])
+        assert not bool(out[tokens:].any())
+        assert bool((lse[tokens:] == -torch.inf).all())
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    attend.check()
+
+
+def test_a_cold_capture_is_refused_and_the_stream_goes_on(target: Target) -> None:
+    on_gpu(target)
+    problem = build(Case((33, 5), heads=7, latent_dim=128, rope_dim=32, page_size=64), "cuda")
+    attend = attention_for(problem, target)
+    with (
+        pytest.raises(GraphCaptureError, match=r"Run plan\(batch\) and one call"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        attend.plan(problem.batch)
+    attend.plan(problem.batch)
+    with pytest.raises(GraphCaptureError, match="not compiled yet"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        attend(problem.q, problem.kv_cache, softmax_scale=problem.softmax_scale)
+    acceptance.check(problem, *attend(problem.q, problem.kv_cache, softmax_scale=problem.softmax_scale))
+
+
+def test_fresh_metadata_gives_the_same_bits_and_refuses_capture(target: Target) -> None:
+    on_gpu(target)
+    problem = problems((1, 3, 0, 2))[1]
+    persistent = attention_for(problem, target)
+    fresh = attention_for(problem, target, settings=Settings(persistent_metadata=False))
+    results = []
+    for attend in (persistent, fresh, fresh):
+        attend.plan(problem.batch)
+        results.append(attend(problem.q, problem.kv_cache, softmax_scale=problem.softmax_scale))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+    with pytest.raises(GraphCaptureError, match="PERSISTENT_METADATA=0"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fresh.plan(problem.batch)
+
+
+def test_nothing_is_compiled_for_another_width_batch_or_length(target: Target) -> None:
+    on_gpu(target)
+    if target.backend != "triton":
+        pytest.skip(f"{target} compiles nothing with Triton")
+    from portable_mla.metadata.split_kernels import plan_splits_kernel
+
+    problem = problems(None)[4]
+    attend = attention_for(problem, target)
+    attend.plan(problem.batch)
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for cache in plan_splits_kernel.device_caches.values())
+
+    before = compiled()
+    for requests, width in itertools.product((1, 2, 4), (16, 32, 48)):
+        table = problem.batch.block_table[:requests, :width].contiguous()
+        attend.plan(PagedBatch(table, problem.batch.kv_lens[:requests].clamp(max=64 * width), None, 3))
+    assert compiled() == before
 
 
 def test_neither_plan_nor_call_waits_for_the_device(target: Target) -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
     ("errors", "cache_format", "registry"),
+    ("launch",),
     ("device",),
     ("shape", "settings"),
     ("metadata",),
@@ -28,7 +29,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-BACKENDS_MAY_IMPORT = {"device", "shape", "cache_format", "metadata", "backend", "errors"}
+BACKENDS_MAY_IMPORT = {"device", "shape", "cache_format", "metadata", "backend", "errors", "launch"}
 
 
 def sources(folder: str) -> list[Path]:

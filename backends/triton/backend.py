@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from portable_mla.backend import Runner
-from portable_mla.backends.triton.tile import Rule, TileRequest, choose_tile
+from portable_mla.backends.triton.tile import Rule, Tile, TileRequest, choose_tile
 from portable_mla.cache_format import CacheFormat
-from portable_mla.metadata import Form
+from portable_mla.metadata import Needs
 from portable_mla.shape import Phase, Request
 
 GEOMETRIES = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # latent, rope: those the compile gate covers
@@ -47,21 +47,25 @@ class TritonBackend:
                 request.max_query_len <= MAX_QUERY_LEN,
                 f"needs at most {MAX_QUERY_LEN} query tokens a request, got {request.max_query_len}",
             ),
-            (not request.deterministic, "needs deterministic off: where a context is split depends on the batch"),
         )
         return tuple(reason for holds, reason in checks if not holds)
 
-    def needs(self, request: Request) -> frozenset[Form]:
-        """Page tables are walked in place; the plan starts from query_indptr."""
-        return frozenset({Form.block_table, Form.query_indptr})
+    def needs(self, request: Request) -> Needs:
+        """Page tables are walked in place, where the split plan says."""
+        from portable_mla.backends.triton.runner import plan_shape
+
+        return Needs(split_plan=plan_shape(request, self.tile(request)))
 
     def bind(self, request: Request) -> Runner:
         """A runner; its buffers are allocated by the first plan, on the device of the batch, and stay."""
         from portable_mla.backends.triton.runner import TritonRunner
 
+        return TritonRunner(request, self.tile(request))
+
+    def tile(self, request: Request) -> Tile:
+        """The tile of a request: of its heads alone where results must not depend on the rest of the batch."""
         shape = request.shape
-        rows = shape.heads * request.max_query_len
-        tile = choose_tile(
+        rows = shape.heads * (1 if request.deterministic else request.max_query_len)
+        return choose_tile(
             self.rules[request.arch.name], TileRequest(rows, shape.latent_dim, shape.rope_dim, shape.page_size)
         )
-        return TritonRunner(request, tile)

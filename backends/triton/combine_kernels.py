@@ -1,16 +1,15 @@
-"""Merges the partial results of split requests; writes the rows that saw nothing and the padding rows."""
+"""Merges the partial results of split units; writes the rows that saw nothing, padding rows, and NaN to faulty rows."""
 
 import triton
 import triton.language as tl
 
 from portable_mla.backends.triton.decode_kernels import LN_2, START_MAX
-
-NO_SPLIT = tl.constexpr(-1)
+from portable_mla.metadata.split_kernels import FAULTY, FINAL, TOKEN_FIELDS
 
 
 @triton.jit(do_not_specialize=["heads", "max_rows"])
 def combine_kernel(
-    token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi (-1: already final), index in the request, unused
+    token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi or -1 (already final) or -2 (faulty), index in the unit, _
     partial_out_ptr,  # [slots, max_rows, LATENT] float32
     partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
     out_ptr,  # [tokens, heads, LATENT]
@@ -30,12 +29,12 @@ def combine_kernel(
     token = tl.program_id(0)
     first_head = (tl.program_id(1) // (LATENT // BLOCK_D)) * BLOCK_R
     first_column = (tl.program_id(1) % (LATENT // BLOCK_D)) * BLOCK_D
-    slot_lo = tl.load(token_slots_ptr + token * 4)
-    slot_hi = tl.load(token_slots_ptr + token * 4 + 1)
-    if slot_hi != NO_SPLIT:
+    slot_lo = tl.load(token_slots_ptr + token * TOKEN_FIELDS)
+    slot_hi = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 1)
+    if slot_hi != FINAL:
         head = first_head + tl.arange(0, BLOCK_R)
         row_valid = head < heads
-        row = tl.load(token_slots_ptr + token * 4 + 2) * heads + head
+        row = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 2) * heads + head
         column = first_column + tl.arange(0, BLOCK_D)
         largest = tl.full([BLOCK_R], START_MAX, tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -56,10 +55,12 @@ def combine_kernel(
             largest = new_largest
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
+        acc = tl.where(slot_hi == FAULTY, float("nan"), acc)
         out_row = token.to(tl.int64) * stride_out_token + head.to(tl.int64) * stride_out_head
         result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_row[:, None] + column[None, :], result, mask=row_valid[:, None])
         if first_column == 0:
             lse_row = token.to(tl.int64) * stride_lse_token + head.to(tl.int64) * stride_lse_head
             lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
+            lse = tl.where(slot_hi == FAULTY, float("nan"), lse)
             tl.store(lse_ptr + lse_row, lse, mask=row_valid)

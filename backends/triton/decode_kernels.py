@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
+from portable_mla.metadata.status_kernels import QUERY_TOKENS, report_fault
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -24,20 +25,29 @@ def _grouped_program_id(NUM_XCDS: tl.constexpr):
 
 
 @triton.jit
+def _table_row(table_header_ptr, request):
+    """Where the page table of this request is. Read for each item (hence volatile), so as to keep no register."""
+    table = tl.load(table_header_ptr, volatile=True)
+    return table.to(tl.pointer_type(tl.int32)) + request * tl.load(table_header_ptr + 1, volatile=True)
+
+
+@triton.jit
 def _load_query(q_row_ptr, row_valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     column = FIRST + tl.arange(0, WIDTH)
     return tl.load(q_row_ptr[:, None] + column[None, :], mask=row_valid[:, None], other=0.0)
 
 
 @triton.jit
-def _load_pages(table_row_ptr, tile, tile_hi, kv_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _load_pages(table_row_ptr, tile, tile_hi, kv_len, pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Page of the tile, or of each of its positions where pages are smaller. Cells past the end are never read."""
     if PAGE_SIZE % BLOCK_N == 0:
-        return tl.load(table_row_ptr + tile * BLOCK_N // PAGE_SIZE, mask=tile < tile_hi, other=0)
+        page = tl.load(table_row_ptr + tile * BLOCK_N // PAGE_SIZE, mask=tile < tile_hi, other=0)
     else:
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         end = tl.where(tile < tile_hi, kv_len, 0)
-        return tl.load(table_row_ptr + position // PAGE_SIZE, mask=position < end, other=0)
+        page = tl.load(table_row_ptr + position // PAGE_SIZE, mask=position < end, other=0)
+    tl.device_assert((page >= 0) & (page < pages), "the page table changed after it was planned")
+    return page
 
 
 @triton.jit
@@ -85,7 +95,7 @@ def _fold_tile(acc, row_sum, row_max, scores, value):
 
 @triton.jit
 def _attend(
-    q_latent, q_rope, kv_ptr, latent_desc, rope_desc, table_row_ptr, tile_lo, tile_hi, kv_len, row_limit, scale,
+    q_latent, q_rope, kv_ptr, latent_desc, rope_desc, table_row_ptr, tile_lo, tile_hi, kv_len, row_limit, scale, pages,
     stride_kv_page, stride_kv_slot,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -94,10 +104,10 @@ def _attend(
     row_max = tl.full([BLOCK_H], START_MAX, tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
-    page = _load_pages(table_row_ptr, tile_lo, tile_hi, kv_len, PAGE_SIZE, BLOCK_N)
+    page = _load_pages(table_row_ptr, tile_lo, tile_hi, kv_len, pages, PAGE_SIZE, BLOCK_N)
     for tile in tl.range(tile_lo, tile_hi, num_stages=NUM_STAGES):
         # the page of the next tile is asked for one step ahead: loads that wait for a load would cost pipeline stages
-        next_page = _load_pages(table_row_ptr, tile + 1, tile_hi, kv_len, PAGE_SIZE, BLOCK_N)
+        next_page = _load_pages(table_row_ptr, tile + 1, tile_hi, kv_len, pages, PAGE_SIZE, BLOCK_N)
         if DESCRIPTORS:
             slot, position = _described_rows(tile, kv_len, PAGE_SIZE, BLOCK_N)
             latent = latent_desc.load([page, slot, 0]).reshape(BLOCK_N, LATENT)
@@ -118,7 +128,7 @@ def _attend(
 
 
 @triton.jit
-def _item_rows(item_ptr, first_row, HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
+def _item_rows(item_ptr, first_row, tokens, HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
     """Row, query token, head and validity of each row of the tile.
 
     Read from the item before and again (hence volatile) after the KV loop: row addresses kept through the loop would
@@ -128,7 +138,13 @@ def _item_rows(item_ptr, first_row, HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
     query_len = tl.load(item_ptr + 6, volatile=True)
     row = tl.load(item_ptr + 7, volatile=True) + first_row + tl.arange(0, BLOCK_H)
     token = row // HEADS
-    return row, query_start + token, row - token * HEADS, token < query_len
+    return row, query_start + token, row - token * HEADS, (token < query_len) & (query_start + token < tokens)
+
+
+@triton.jit
+def _report_missing(status_ptr, request, end):
+    one = request + tl.arange(0, 1)
+    report_fault(status_ptr, QUERY_TOKENS, one, end, one >= 0)
 
 
 @triton.jit
@@ -156,26 +172,28 @@ def _write_partial(
     tl.store(partial_stats_ptr + 2 * slot_row + 1, row_sum, mask=row_valid)
 
 
-@triton.jit(do_not_specialize=["max_rows", "stride_table"])
+@triton.jit(do_not_specialize=["tokens", "pages", "max_rows"])
 def decode_kernel(
     q_ptr,  # [tokens, HEADS, LATENT + ROPE]
     kv_ptr,  # [pages, PAGE_SIZE, LATENT + ROPE]
     latent_desc,  # descriptor of kv, block [1, BLOCK_N, LATENT], or None
     rope_desc,  # descriptor of kv, block [1, BLOCK_N, ROPE], or None
-    table_ptr,  # [batch, width] int32
+    table_header_ptr,  # [2] int64: address and row stride of the page table
     part_indptr_ptr,  # [parts + 1] int32
-    items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, unused
+    items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
     lse_ptr,  # [tokens, HEADS] float32, natural log
     partial_out_ptr,  # [slots, max_rows, LATENT] float32
     partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
+    status_ptr,  # [4] int64
     softmax_scale,
+    tokens,
+    pages,
     max_rows,
     stride_q_token,
     stride_q_head,
     stride_kv_page,
     stride_kv_slot,
-    stride_table,
     stride_out_token,
     stride_out_head,
     stride_lse_token,
@@ -206,21 +224,23 @@ def decode_kernel(
         query_start = tl.load(item_ptr + 5)
         query_len = tl.load(item_ptr + 6)
         tile_hi = tl.where(first_row < query_len * HEADS, tile_hi, tile_lo)
+        if query_start + query_len > tokens:  # rows that q does not have; their request is reported
+            _report_missing(status_ptr, request, query_start + query_len)
 
-        _, token, head, row_valid = _item_rows(item_ptr, first_row, HEADS, BLOCK_H)
+        _, token, head, row_valid = _item_rows(item_ptr, first_row, tokens, HEADS, BLOCK_H)
         q_row_ptr = q_ptr + token.to(tl.int64) * stride_q_token + head.to(tl.int64) * stride_q_head
         q_latent = _load_query(q_row_ptr, row_valid, 0, LATENT)
         q_rope = q_latent
         if ROPE > 0:
             q_rope = _load_query(q_row_ptr, row_valid, LATENT, ROPE)
         acc, row_sum, row_max = _attend(
-            q_latent, q_rope, kv_ptr, latent_desc, rope_desc, table_ptr + request.to(tl.int64) * stride_table,
-            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, softmax_scale * LOG2_E,
+            q_latent, q_rope, kv_ptr, latent_desc, rope_desc, _table_row(table_header_ptr, request),
+            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, softmax_scale * LOG2_E, pages,
             stride_kv_page, stride_kv_slot, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS,
         )  # fmt: skip
 
         acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-        row, token, head, row_valid = _item_rows(item_ptr, first_row, HEADS, BLOCK_H)
+        row, token, head, row_valid = _item_rows(item_ptr, first_row, tokens, HEADS, BLOCK_H)
         slot = tl.load(item_ptr + 3)
         if slot < 0:
             log2_sum = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))

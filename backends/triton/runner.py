@@ -1,9 +1,9 @@
-"""TritonRunner: plans once a step, then launches decode and combine once a layer."""
+"""TritonRunner: launches decode and combine once a layer, over the step's split plan."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from portable_mla.backends.triton.tile import (
     amd_options,
     count_parts,
     grouped_combine,
+    query_block,
     row_tiles,
     spread_combine,
 )
+from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.metadata import DecodeMetadata
-from portable_mla.metadata.split_plan import PlanShape, SplitPlan
+from portable_mla.metadata.split_plan import PlanShape
 from portable_mla.shape import Request
 
 # Combining fewer columns than this many a unit, one-warp programs hide more latency than wide ones save traffic. H100:
@@ -30,70 +32,109 @@ from portable_mla.shape import Request
 SPREAD_COLUMNS = 64 * 128
 
 
-class TritonRunner:
-    """Decode with a plan and partial results at stable addresses; `run` allocates no device memory and never syncs.
+def plan_shape(request: Request, tile: Tile) -> PlanShape:
+    """The split plan of this tile. A uniform batch reads each latent row once for all of a request's query tokens; a
+    ragged one is cut into blocks of query tokens, so that short queries leave no row tile idle; where results must not
+    depend on the batch, so must the blocks.
+    """
+    capacity, heads, most = request.capacity, request.shape.heads, request.max_query_len
+    whole = request.uniform_queries and not request.deterministic
+    block_q = most if whole else query_block(heads, most, tile)
+    return PlanShape(
+        parts=count_parts(heads * block_q, tile, request.arch.units),
+        max_batch=capacity.max_batch,
+        max_tokens=capacity.max_query_tokens,
+        max_query_len=most,
+        max_context=capacity.max_context,
+        block_q=block_q,
+        block_n=tile.block_n,
+        min_tiles=tile.min_tiles,
+        fixed=request.deterministic,
+    )
 
-    A captured graph stays right when `plan` runs again, outside it or captured, on the same page table tensor.
+
+class TritonRunner:
+    """Decode with partial results at stable addresses; `run` allocates no device memory and never syncs.
+
+    A captured graph stays right when the plan is written again, outside it or captured, for any page table tensor.
     """
 
     def __init__(self, request: Request, tile: Tile) -> None:
         self._shape, self._tile, self._amd = request.shape, tile, request.arch.vendor == "amd"
-        self._rows = request.shape.heads * request.max_query_len
-        parts = count_parts(self._rows, tile, request.arch.units)
-        capacity = request.capacity
-        self._plan_shape = PlanShape(
-            parts, capacity.max_batch, capacity.max_query_tokens, request.max_query_len, tile.block_n, tile.min_tiles
-        )
-        self._grid = (parts * row_tiles(self._rows, tile),)
-        self._launches = {
-            loads: self._decode_constants(replace(tile, loads=loads)) for loads in ("descriptor", "pointer")
-        }
+        self.plan_shape = plan_shape(request, tile)
+        self._rows = request.shape.heads * self.plan_shape.block_q
+        self._grid = (self.plan_shape.parts * row_tiles(self._rows, tile),)
         wave, latent_dim = request.arch.wave, request.shape.latent_dim
-        self._most_spread_tokens = SPREAD_COLUMNS * request.arch.units // (request.shape.heads * latent_dim)
-        self._spread = self._combine_constants(spread_combine())
-        self._grouped = self._combine_constants(grouped_combine(latent_dim, wave))
-        self._buffers: tuple[SplitPlan, Tensor, Tensor] | None = None
-        self._block_table: Tensor | None = None
+        most_spread = SPREAD_COLUMNS * request.arch.units // (request.shape.heads * latent_dim)
+        # One combine for all batch sizes where results must not depend on the batch.
+        self._most_spread_tokens = request.capacity.max_query_tokens if request.deterministic else most_spread
+        self.combines = {
+            "spread": self._combine_constants(spread_combine()),
+            "grouped": self._combine_constants(grouped_combine(latent_dim, wave)),
+        }
+        self._launches: dict[str, KernelLaunch] = {}
+        self._metadata: DecodeMetadata | None = None
+        self._partials: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def graph_safe(self) -> bool:
+        """Lengths and the page table are read on the device alone."""
+        return True
 
     def plan(self, metadata: DecodeMetadata) -> None:
-        """Cut the step's KV tiles over the launch grid, on the device."""
-        assert metadata.query_indptr is not None, "asked for in needs()"
-        batch = metadata.batch
-        plan, _, _ = self._allocated(batch.device)
-        self._block_table = batch.block_table
-        plan.update(batch.kv_lens, metadata.query_indptr)
+        """The plan is the metadata's; the first one also allocates the partial results and chooses the launches."""
+        if self._partials is None:
+            device = metadata.batch.device
+            sizes = self._partial_sizes()
+            out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+            self._partials = out, stats
+            self._launches = self._bind_launches(metadata.debug)
+        self._metadata = metadata
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the partial results: rows that are split, in float32."""
+        return {"split partials": sum(4 * slots * rows * width for slots, rows, width in self._partial_sizes())}
 
     def run(
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
     ) -> None:
         """Two launches: split decode, and the combine that also defines rows without work."""
-        assert self._buffers is not None and self._block_table is not None, "run before plan"
+        assert self._metadata is not None and self._partials is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
-        q, cache, table = inputs.q, inputs.kv_cache, self._block_table
-        plan, partial_out, partial_stats = self._buffers
+        q, cache, plan = inputs.q, inputs.kv_cache, self._metadata.split_plan
+        assert plan is not None, "asked for in needs()"
+        partial_out, partial_stats = self._partials
         latent_desc, rope_desc = self._descriptors(cache)
-        results = (*out.stride()[:2], *lse.stride())
-        decode_kernel[self._grid](
-            q, cache, latent_desc, rope_desc, table, plan.part_indptr, plan.items, out, lse, partial_out, partial_stats,
-            softmax_scale, self._rows, *q.stride()[:2], *cache.stride()[:2], table.stride(0), *results,
-            **self._launches["pointer" if latent_desc is None else "descriptor"],
-        )  # fmt: skip
         tokens = q.shape[0]
-        programs, constants = self._spread if tokens <= self._most_spread_tokens else self._grouped
-        combine_kernel[(tokens, programs)](
-            plan.token_slots, partial_out, partial_stats, out, lse, self._shape.heads, self._rows, *results, **constants
-        )
+        decode = self._launches["pointer" if latent_desc is None else "descriptor"]
+        combine = "spread" if tokens <= self._most_spread_tokens else "grouped"
+        results = (*out.stride()[:2], *lse.stride())
+        strides = (*q.stride()[:2], *cache.stride()[:2], *results)
+        key = (q.device.index, strides, alignment(q, cache, out, lse))
+        self._launches[combine].ready(key)  # a capture must not begin with a decode whose combine it cannot take
+        decode(
+            key, self._grid,
+            q, cache, latent_desc, rope_desc, plan.table_header, plan.part_indptr, plan.items, out, lse, partial_out,
+            partial_stats, self._metadata.status.words, softmax_scale, tokens, cache.shape[0], self._rows, *strides,
+        )  # fmt: skip
+        self._launches[combine](
+            key, (tokens, self.combines[combine][0]),
+            plan.token_slots, partial_out, partial_stats, out, lse, self._shape.heads, self._rows, *results,
+        )  # fmt: skip
 
-    def _allocated(self, device: torch.device) -> tuple[SplitPlan, Tensor, Tensor]:
-        """Plan, partial results [slots, rows, latent] and their maximum and sum [slots, rows, 2], all float32."""
-        if self._buffers is None:
-            slots, latent_dim = self._plan_shape.max_slots, self._shape.latent_dim
-            self._buffers = (
-                SplitPlan.allocate(self._plan_shape, device),
-                torch.empty(slots, self._rows, latent_dim, dtype=torch.float32, device=device),
-                torch.empty(slots, self._rows, 2, dtype=torch.float32, device=device),
-            )
-        return self._buffers
+    def _partial_sizes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Partial results [slots, rows, latent], and their maximum and sum [slots, rows, 2]."""
+        slots = self.plan_shape.max_slots
+        return (slots, self._rows, self._shape.latent_dim), (slots, self._rows, 2)
+
+    def _bind_launches(self, debug: bool) -> dict[str, KernelLaunch]:
+        options = {"debug": True} if debug else {}
+        launches = {
+            "descriptor": KernelLaunch(decode_kernel, self.decode_constants("descriptor") | options),
+            "pointer": KernelLaunch(decode_kernel, self.decode_constants("pointer") | options),
+        }
+        combines = {name: KernelLaunch(combine_kernel, constants) for name, (_, constants) in self.combines.items()}
+        return launches | combines
 
     def _descriptors(self, cache: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
         """Descriptors of the latent and the rope columns, made anew for each call: a kept one would outlive the cache.
@@ -108,8 +149,9 @@ class TritonRunner:
         latent = TensorDescriptor(cache, size, strides, [1, block_n, self._shape.latent_dim])
         return latent, TensorDescriptor(cache, size, strides, [1, block_n, rope_dim]) if rope_dim else None
 
-    def _decode_constants(self, tile: Tile) -> dict[str, Any]:
-        shape = self._shape
+    def decode_constants(self, loads: Literal["descriptor", "pointer"]) -> dict[str, Any]:
+        """Constants and options of the decode kernel's launch."""
+        shape, tile = self._shape, replace(self._tile, loads=loads)
         return {
             "HEADS": shape.heads, "LATENT": shape.latent_dim, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
             "ROW_TILES": row_tiles(self._rows, tile), "BLOCK_H": tile.block_h, "BLOCK_N": tile.block_n,

@@ -67,8 +67,13 @@ def choose_tile(rules: Sequence[Rule], request: TileRequest) -> Tile:
     raise LookupError(f"no tile rule matches {request}")
 
 
+def query_block(heads: int, max_query_len: int, tile: Tile) -> int:
+    """Query tokens of a unit whose rows fill the row tiles that one token's heads need anyway."""
+    return min(max(row_tiles(heads, tile) * tile.block_h // heads, 1), max_query_len)
+
+
 def row_tiles(rows: int, tile: Tile) -> int:
-    """Row tiles of one request."""
+    """Row tiles of one unit."""
     return -(-rows // tile.block_h)
 
 

@@ -1,40 +1,47 @@
-"""DecodeMetadata: a decode step in the forms that backends read."""
+"""DecodeMetadata: a decode step in the forms that backends read, and Needs: the forms that one of them reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from portable_mla.metadata.batch import PagedBatch
+from portable_mla.metadata.ragged import RaggedForms
+from portable_mla.metadata.status import Status
+
+if TYPE_CHECKING:  # the planner needs Triton, which a CPU may lack
+    from portable_mla.metadata.split_plan import PlanShape, SplitPlan
 
 
-class Form(Enum):
-    """A form of the batch that a backend may read; only the forms that the bound backend needs are built."""
+@dataclass(frozen=True)
+class Needs:
+    """The forms that a backend reads beside the batch itself; only those are built.
 
-    block_table = "block_table"
-    query_indptr = "query_indptr"
+    split_plan: a split plan of this shape. query_indptr: row pointers of the queries. index_size: ragged kv indices of
+    so many tokens each (the page size, a divisor of it, 1 for token indices).
+    """
+
+    split_plan: PlanShape | None = None
+    query_indptr: bool = False
+    index_size: int | None = None
 
 
 @dataclass(frozen=True)
 class DecodeMetadata:
-    """One decode step. A form that was not asked for is None."""
+    """One decode step. A form that was not asked for is None. All buffers keep their addresses from step to step."""
 
     batch: PagedBatch
-    query_indptr: Tensor | None = None  # [batch + 1] int32: where each request's query tokens start
+    status: Status
+    split_plan: SplitPlan | None = None
+    ragged: RaggedForms | None = None
+    debug: bool = False  # kernels that read it assert on the device
 
-    @classmethod
-    def build(cls, batch: PagedBatch, forms: frozenset[Form]) -> DecodeMetadata:
-        """The asked-for forms of `batch`, computed on its device without a host sync."""
-        return cls(batch, _query_indptr(batch) if Form.query_indptr in forms else None)
-
-
-def _query_indptr(batch: PagedBatch) -> Tensor:
-    if batch.query_lens is None:
-        steps = torch.arange(batch.size + 1, dtype=torch.int32, device=batch.device)
-        return steps * batch.max_query_len
-    indptr = torch.zeros(batch.size + 1, dtype=torch.int32, device=batch.device)
-    torch.cumsum(batch.query_lens, 0, dtype=torch.int32, out=indptr[1:])
-    return indptr
+    @property
+    def positions(self) -> Tensor | None:
+        """[max_query_tokens] int32, any stride: RoPE position of each query token, the batch's own where it has them,
+        else kv_len - query_len + i; 0 for padding. Kernels read it in place. None where no form holds it."""
+        if self.split_plan is not None:
+            return self.split_plan.positions
+        return None if self.ragged is None else self.ragged.positions

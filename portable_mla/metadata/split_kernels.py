@@ -1,9 +1,24 @@
-"""Device-side split plan: cuts the KV tiles of a ragged batch into a fixed number of equal parts."""
+"""Device-side split plan: cuts the KV tiles of a ragged batch into a fixed number of equal parts, in one launch."""
 
 import triton
 import triton.language as tl
 
+from portable_mla.metadata.cut_kernels import (
+    carry_before,
+    cut_units,
+    fixed_pieces,
+    load_units,
+    share_of_a_part,
+    unit_cost,
+)
+from portable_mla.metadata.status_kernels import KV_LEN, PAGE_ID, QUERY_LEN, QUERY_TOKENS, report_fault
+
 ITEM_FIELDS = tl.constexpr(8)  # of an item: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
+TOKEN_FIELDS = tl.constexpr(
+    4
+)  # of a query token: slot_lo, slot_hi or one of the two below, index in its unit, position
+FINAL = tl.constexpr(-1)  # the decode kernel writes the row itself
+FAULTY = tl.constexpr(-2)  # the row becomes NaN
 
 
 @triton.jit
@@ -12,180 +27,241 @@ def _maximum(a, b):
 
 
 @triton.jit
-def _request_tiles(kv_lens_ptr, query_indptr_ptr, request, batch, BLOCK_N: tl.constexpr):
-    """KV tiles of each request, 0 where it has no query tokens or does not exist."""
-    exists = (request >= 0) & (request < batch)
-    kv_len = tl.load(kv_lens_ptr + request, mask=exists, other=0)
-    query_start = tl.load(query_indptr_ptr + request, mask=exists, other=0)
-    query_stop = tl.load(query_indptr_ptr + request + 1, mask=exists, other=0)
-    tiles = tl.where(query_stop > query_start, (tl.maximum(kv_len, 0) + BLOCK_N - 1) // BLOCK_N, 0)
-    return tiles, kv_len, query_start, query_stop - query_start
+def _load_cells(row_ptr, columns, base, BLOCK_C: tl.constexpr):
+    """BLOCK_C cells of each unit's row of the page table; 0 past its last page, where cells are not read."""
+    column = base + tl.arange(0, BLOCK_C)[None, :]
+    return tl.load(row_ptr[:, None] + column, mask=column < columns[:, None], other=0)
 
 
 @triton.jit
-def _pieces(start, tiles, share, overhead, parts, MIN_PIECE: tl.constexpr):
-    """First and last part of a request that begins at `start` of the cost line, and its number of pieces.
-
-    A cut that would leave fewer than MIN_PIECE tiles on one side moves to the border of the request.
-    """
-    first = tl.minimum((start + overhead + MIN_PIECE - 1) // share, parts - 1)
-    last = tl.minimum(tl.maximum((start + overhead + tiles - MIN_PIECE) // share, first), parts - 1)
-    return first, last, tl.where(tiles > 0, last - first + 1, 0)
+def _wrong_cells(cells, columns, base, max_pages, BLOCK_C: tl.constexpr):
+    """1 where a cell that is needed names a page that is not in the cache, and the page; else 0 and the least int."""
+    column = base + tl.arange(0, BLOCK_C)[None, :]
+    wrong = (column < columns[:, None]) & ((cells < 0) | (cells >= max_pages))
+    return wrong.to(tl.int32), tl.where(wrong, cells, -(2**31))
 
 
 @triton.jit
-def _share(
-    kv_lens_ptr, query_indptr_ptr, batch, parts, min_tiles, OVERHEAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCAN: tl.constexpr,
-):  # fmt: skip
-    """Cost of one part, and what starting a request costs: nothing where the parts are as short as allowed."""
-    tiles_sum = 0
-    requests = 0
-    for base in range(0, batch, SCAN):
-        tiles, _, _, _ = _request_tiles(kv_lens_ptr, query_indptr_ptr, base + tl.arange(0, SCAN), batch, BLOCK_N)
-        tiles_sum += tl.sum(tiles, 0)
-        requests += tl.sum((tiles > 0).to(tl.int32), 0)
-    share = (tiles_sum + requests * OVERHEAD + parts - 1) // parts
-    short = share < min_tiles + OVERHEAD
-    share = tl.where(short, tl.maximum((tiles_sum + parts - 1) // parts, min_tiles), share)
-    return share, tl.where(short, 0, OVERHEAD)
-
-
-@triton.jit
-def _carry(
-    kv_lens_ptr, query_indptr_ptr, stop, share, overhead, parts, MIN_PIECE: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCAN: tl.constexpr,
-):  # fmt: skip
-    """Cost, items, slots and last used part of the requests before `stop`."""
-    cost = 0
-    items = 0
-    slots = 0
-    last_part = -1
-    for base in range(0, stop, SCAN):
-        tiles, _, _, _ = _request_tiles(kv_lens_ptr, query_indptr_ptr, base + tl.arange(0, SCAN), stop, BLOCK_N)
-        cost_here = tl.where(tiles > 0, tiles + overhead, 0)
-        start = cost + tl.cumsum(cost_here, 0) - cost_here
-        _, last, pieces = _pieces(start, tiles, share, overhead, parts, MIN_PIECE)
-        cost += tl.sum(cost_here, 0)
-        items += tl.sum(pieces, 0)
-        slots += tl.sum(tl.where(pieces > 1, pieces, 0), 0)
-        last_part = tl.maximum(last_part, tl.max(tl.where(tiles > 0, last, -1), 0))
-    return cost, items, slots, last_part
+def _check_pages(row_ptr, columns, cells, max_pages, BLOCK_C: tl.constexpr):
+    """Whether a page that the unit needs is not in the cache, and such a page. cells: the first ones, loaded early."""
+    faulty, strange = _wrong_cells(cells, columns, 0, max_pages, BLOCK_C)
+    for base in range(BLOCK_C, tl.max(columns, 0), BLOCK_C):
+        cells = _load_cells(row_ptr, columns, base, BLOCK_C)
+        faulty_here, strange_here = _wrong_cells(cells, columns, base, max_pages, BLOCK_C)
+        faulty = tl.maximum(faulty, faulty_here)
+        strange = tl.maximum(strange, strange_here)
+    return tl.max(faulty, 1) != 0, tl.max(strange, 1)
 
 
 @triton.jit
 def _write_items(
-    items_ptr, part_indptr_ptr, request, start, tiles, first, pieces, item_start, slot_start, previous_last, share,
-    overhead, kv_len, query_start, query_len, BLOCK_P: tl.constexpr,
+    items_ptr, part_indptr_ptr, request, start, tiles, first, pieces, item_start, slot_start, previous_last, cuts,
+    faulty, seen, query_start, tokens,
+    BLOCK_P: tl.constexpr, FIXED_TILES: tl.constexpr, MAX_PIECES: tl.constexpr,
 ):  # fmt: skip
+    """Items of each unit, and where each part begins: the first item of a part also opens the empty parts before it."""
+    share, overhead, parts = cuts
     for base in range(0, tl.max(pieces, 0), BLOCK_P):
         piece = base + tl.arange(0, BLOCK_P)[None, :]
         mask = piece < pieces[:, None]
-        part = first[:, None] + piece
-        origin = start[:, None] + overhead
-        tile_lo = tl.where(piece == 0, 0, part * share - origin)
-        tile_hi = tl.where(piece == pieces[:, None] - 1, tiles[:, None], (part + 1) * share - origin)
+        if FIXED_TILES > 0:
+            piece_tiles, _ = fixed_pieces(tiles, FIXED_TILES, MAX_PIECES)
+            step = (piece_tiles + overhead)[:, None]
+            part = tl.minimum((start[:, None] + piece * step) // share, parts - 1)
+            before = tl.minimum((start[:, None] + (piece - 1) * step) // share, parts - 1)
+            tile_lo = piece * piece_tiles[:, None]
+            tile_hi = tl.minimum(tile_lo + piece_tiles[:, None], tiles[:, None])
+        else:
+            part = first[:, None] + piece
+            before = part - 1
+            origin = start[:, None] + overhead
+            tile_lo = tl.where(piece == 0, 0, part * share - origin)
+            tile_hi = tl.where(piece == pieces[:, None] - 1, tiles[:, None], (part + 1) * share - origin)
+        before = tl.where(piece == 0, previous_last[:, None], before)
         slot = tl.where(pieces[:, None] > 1, slot_start[:, None] + piece, -1)
         index = item_start[:, None] + piece
         item_ptr = items_ptr + index * ITEM_FIELDS
         tl.store(item_ptr, request[:, None], mask=mask)
         tl.store(item_ptr + 1, tile_lo, mask=mask)
-        tl.store(item_ptr + 2, tile_hi, mask=mask)
+        tl.store(item_ptr + 2, tl.where(faulty[:, None], tile_lo, tile_hi), mask=mask)
         tl.store(item_ptr + 3, slot, mask=mask)
-        tl.store(item_ptr + 4, kv_len[:, None], mask=mask)
+        tl.store(item_ptr + 4, seen[:, None], mask=mask)
         tl.store(item_ptr + 5, query_start[:, None], mask=mask)
-        tl.store(item_ptr + 6, query_len[:, None], mask=mask)
+        tl.store(item_ptr + 6, tokens[:, None], mask=mask)
         tl.store(item_ptr + 7, 0, mask=mask)
-        opens_part = (piece > 0) | (first > previous_last)[:, None]
-        tl.store(part_indptr_ptr + part, index, mask=mask & opens_part)
+        if FIXED_TILES > 0:
+            opened = tl.where(mask, part - before, 0)
+            for empty in range(tl.max(tl.max(opened, 1), 0)):
+                tl.store(part_indptr_ptr + before + 1 + empty, index, mask=empty < opened)
+        else:  # a share is longer than what starting a unit costs, so that no part between two units is empty
+            tl.store(part_indptr_ptr + part, index, mask=mask & (part > before))
 
 
 @triton.jit
 def _write_tokens(
-    token_slots_ptr, query_start, query_len, pieces, slot_start, max_tokens, MAX_QUERY_LEN: tl.constexpr,
+    token_slots_ptr, positions_ptr, query_start, tokens, seen, pieces, slot_start, faulty, max_tokens,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Slots of each query token. Tokens beyond the capacity are not written, whatever the lengths say."""
-    token = tl.arange(0, BLOCK_Q)[None, :]
-    mask = (token < query_len[:, None]) & (token < MAX_QUERY_LEN)
-    mask = mask & (query_start[:, None] >= 0) & (query_start[:, None] + token < max_tokens)
+    """Slots and position of each query token. Tokens beyond the capacity are not written, whatever the lengths say."""
     slot_lo = tl.where(pieces > 1, slot_start, 0)
-    slot_hi = tl.where(pieces > 1, slot_start + pieces, tl.where(pieces == 1, -1, 0))
-    record_ptr = token_slots_ptr + (query_start[:, None] + token) * 4
-    tl.store(record_ptr, slot_lo[:, None], mask=mask)
-    tl.store(record_ptr + 1, slot_hi[:, None], mask=mask)
-    tl.store(record_ptr + 2, token, mask=mask)
+    slot_hi = tl.where(pieces > 1, slot_start + pieces, tl.where(pieces == 1, FINAL, 0))
+    slot_hi = tl.where(faulty, FAULTY, slot_hi)
+    for base in range(0, tl.minimum(tl.max(tokens, 0), max_tokens), BLOCK_Q):
+        index = base + tl.arange(0, BLOCK_Q)[None, :]
+        token = query_start[:, None] + index
+        mask = (index < tokens[:, None]) & (token < max_tokens)
+        position = (seen - tokens)[:, None] + index
+        if positions_ptr is not None:
+            position = tl.load(positions_ptr + token, mask=mask, other=0).to(tl.int32)
+        record_ptr = token_slots_ptr + token.to(tl.int64) * TOKEN_FIELDS
+        tl.store(record_ptr, slot_lo[:, None], mask=mask)
+        tl.store(record_ptr + 1, slot_hi[:, None], mask=mask)
+        tl.store(record_ptr + 2, index, mask=mask)
+        tl.store(record_ptr + 3, position, mask=mask)
 
 
 @triton.jit
-def _write_tails(
-    token_slots_ptr, part_indptr_ptr, first_padding, max_tokens, first_part, parts, items, SCAN: tl.constexpr
-):
-    """Padding tokens have no slots; the parts behind the last used one are empty."""
-    for base in range(first_padding, max_tokens, SCAN):
+def _write_tails(token_slots_ptr, part_indptr_ptr, padding, max_tokens, first_part, parts, items, SCAN: tl.constexpr):
+    """Padding tokens have no slots and position 0; the parts behind the last used one are empty."""
+    for base in range(padding, max_tokens, SCAN):
         token = base + tl.arange(0, SCAN)
-        tl.store(token_slots_ptr + token * 4, 0, mask=token < max_tokens)
-        tl.store(token_slots_ptr + token * 4 + 1, 0, mask=token < max_tokens)
-        tl.store(token_slots_ptr + token * 4 + 2, 0, mask=token < max_tokens)
+        record_ptr = token_slots_ptr + token.to(tl.int64) * TOKEN_FIELDS
+        for field in tl.static_range(TOKEN_FIELDS):
+            tl.store(record_ptr + field, 0, mask=token < max_tokens)
     for base in range(first_part, parts + 1, SCAN):
         part = base + tl.arange(0, SCAN)
         tl.store(part_indptr_ptr + part, items, mask=part <= parts)
 
 
-@triton.jit(do_not_specialize=["batch", "parts", "max_tokens", "min_tiles"])
+@triton.jit
+def _report(status_ptr, lens, unit, strange_page, bad_page, faulty, end, max_tokens, QUERY_BLOCKS: tl.constexpr):
+    """Set the status words for what is wrong with these units."""
+    missing = end > max_tokens
+    if tl.max((faulty | missing).to(tl.int32), 0) != 0:
+        request = unit // QUERY_BLOCKS
+        exists = request < lens[2]
+        kv_len = tl.load(lens[0] + request, mask=exists, other=0)
+        report_fault(status_ptr, PAGE_ID, request, strange_page, bad_page)
+        report_fault(status_ptr, KV_LEN, request, kv_len, (kv_len < 0) | (kv_len > lens[3]))
+        report_fault(status_ptr, QUERY_TOKENS, request, end, missing & exists)
+        if lens[1] is not None:
+            query_len = tl.load(lens[1] + request, mask=exists, other=0)
+            report_fault(status_ptr, QUERY_LEN, request, query_len, (query_len < 0) | (query_len > lens[4]))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "parts",
+        "max_tokens",
+        "min_tiles",
+        "max_kv_len",
+        "max_query_len",
+        "counted_tokens",
+        "max_pages",
+        "stride_table",
+    ]
+)
 def plan_splits_kernel(
     kv_lens_ptr,  # [batch] int32
-    query_indptr_ptr,  # [batch + 1] int32
+    query_lens_ptr,  # [batch] int32, or None: max_query_len tokens each
+    positions_ptr,  # [tokens] int32 or int64, or None: where the token stands in its request
+    table_ptr,  # [batch, width] int32
+    table_header_ptr,  # [2] int64: address and row stride of the table
     part_indptr_ptr,  # [parts + 1] int32
-    items_ptr,  # [parts + batch, 8] int32
+    items_ptr,  # [max_items, 8] int32
     token_slots_ptr,  # [max_tokens, 4] int32
+    summary_ptr,  # [4] int32: longest query_len, query tokens, items, slots
+    status_ptr,  # [4] int64
     batch,
     parts,
     max_tokens,
     min_tiles,
-    MAX_QUERY_LEN: tl.constexpr,
+    max_kv_len,
+    max_query_len,
+    counted_tokens,
+    max_pages,
+    stride_table,
     BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OVERHEAD: tl.constexpr,
     MIN_PIECE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    FIXED_TILES: tl.constexpr,
+    MAX_PIECES: tl.constexpr,
+    BLOCK_U: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Lays the requests on a line of cost, tiles + overhead each, and gives part p the stretch [p, p + 1) * share.
+    """Lays the units on a line of cost, tiles + overhead each, and gives part p the stretch [p, p + 1) * share.
 
-    Every program scans the whole batch and writes the items of BLOCK_B requests, so that programs need not meet.
+    Every program scans the whole batch and writes the items of BLOCK_U units, so that programs need not meet.
     """
-    own = tl.program_id(0) * BLOCK_B
-    share, overhead = _share(kv_lens_ptr, query_indptr_ptr, batch, parts, min_tiles, OVERHEAD, BLOCK_N, SCAN)
-    cost, items, slots, last_part = _carry(
-        kv_lens_ptr, query_indptr_ptr, own, share, overhead, parts, MIN_PIECE, BLOCK_N, SCAN
+    lens = (kv_lens_ptr, query_lens_ptr, batch, max_kv_len, max_query_len, counted_tokens)
+    own = tl.program_id(0) * BLOCK_U
+    unit = own + tl.arange(0, BLOCK_U)
+    request = unit // QUERY_BLOCKS
+    tiles, seen, tokens, right = load_units(lens, unit, BLOCK_Q, QUERY_BLOCKS, BLOCK_N)
+    row_ptr = table_ptr + request.to(tl.int64) * stride_table
+    columns = tl.where(tiles > 0, (seen + PAGE_SIZE - 1) // PAGE_SIZE, 0)
+    cells = _load_cells(row_ptr, columns, 0, BLOCK_C)
+
+    share, overhead = share_of_a_part(
+        lens, parts, min_tiles, OVERHEAD, BLOCK_Q, QUERY_BLOCKS, BLOCK_N, FIXED_TILES, MAX_PIECES, SCAN
     )
-    request = own + tl.arange(0, BLOCK_B)
-    tiles, kv_len, query_start, query_len = _request_tiles(kv_lens_ptr, query_indptr_ptr, request, batch, BLOCK_N)
-    cost_here = tl.where(tiles > 0, tiles + overhead, 0)
+    cuts = (share, overhead, parts)
+    cost, items, slots, tokens_before, last_part = carry_before(
+        lens, own, cuts, MIN_PIECE, BLOCK_Q, QUERY_BLOCKS, BLOCK_N, FIXED_TILES, MAX_PIECES, SCAN
+    )
+    cost_here = unit_cost(tiles, overhead, FIXED_TILES, MAX_PIECES)
     start = cost + tl.cumsum(cost_here, 0) - cost_here
-    first, last, pieces = _pieces(start, tiles, share, overhead, parts, MIN_PIECE)
+    first, last, pieces = cut_units(start, tiles, cuts, MIN_PIECE, FIXED_TILES, MAX_PIECES)
     item_start = items + tl.cumsum(pieces, 0) - pieces
     split = tl.where(pieces > 1, pieces, 0)
     slot_start = slots + tl.cumsum(split, 0) - split
+    query_start = tokens_before + tl.cumsum(tokens, 0) - tokens
 
-    before, _, _, _ = _request_tiles(kv_lens_ptr, query_indptr_ptr, request - 1, batch, BLOCK_N)
-    before = tl.where(request > own, before, 0)
-    before_start = start - tl.where(before > 0, before + overhead, 0)
-    _, before_last, _ = _pieces(before_start, before, share, overhead, parts, MIN_PIECE)
+    before, _, _, _ = load_units(lens, tl.where(unit > own, unit - 1, -1), BLOCK_Q, QUERY_BLOCKS, BLOCK_N)
+    before_start = start - unit_cost(before, overhead, FIXED_TILES, MAX_PIECES)
+    _, before_last, _ = cut_units(before_start, before, cuts, MIN_PIECE, FIXED_TILES, MAX_PIECES)
     before_last = tl.associative_scan(tl.where(before > 0, before_last, -1), 0, _maximum)
     previous_last = tl.maximum(before_last, last_part)
 
+    bad_page, strange = _check_pages(row_ptr, columns, cells, max_pages, BLOCK_C)
+    faulty = bad_page | (right == 0)
     _write_items(
-        items_ptr, part_indptr_ptr, request, start, tiles, first, pieces, item_start, slot_start, previous_last, share,
-        overhead, kv_len, query_start, query_len, BLOCK_P,
+        items_ptr, part_indptr_ptr, request, start, tiles, first, pieces, item_start, slot_start, previous_last, cuts,
+        faulty, seen, query_start, tokens, BLOCK_P, FIXED_TILES, MAX_PIECES,
     )  # fmt: skip
-    _write_tokens(token_slots_ptr, query_start, query_len, pieces, slot_start, max_tokens, MAX_QUERY_LEN, BLOCK_Q)
-    if own + BLOCK_B >= batch:
+    _write_tokens(
+        token_slots_ptr, positions_ptr, query_start, tokens, seen, pieces, slot_start, faulty, max_tokens, BLOCK_T
+    )
+    end = tl.where(tokens > 0, query_start + tokens, 0)
+    _report(status_ptr, lens, unit, strange, bad_page, faulty, end, max_tokens, QUERY_BLOCKS)
+    if own + BLOCK_U >= batch * QUERY_BLOCKS:
         last_part = tl.maximum(last_part, tl.max(tl.where(tiles > 0, last, -1), 0))
-        first_padding = tl.load(query_indptr_ptr + batch)
-        _write_tails(
-            token_slots_ptr, part_indptr_ptr, first_padding, max_tokens, last_part + 1, parts,
-            items + tl.sum(pieces, 0), SCAN,
-        )  # fmt: skip
+        all_items = items + tl.sum(pieces, 0)
+        all_tokens = tokens_before + tl.sum(tokens, 0)
+        _write_tails(token_slots_ptr, part_indptr_ptr, all_tokens, max_tokens, last_part + 1, parts, all_items, SCAN)
+        tl.store(summary_ptr + 1, all_tokens)
+        tl.store(summary_ptr + 2, all_items)
+        tl.store(summary_ptr + 3, slots + tl.sum(split, 0))
+    if own == 0:
+        _write_header(table_ptr, stride_table, table_header_ptr, summary_ptr, lens, SCAN)
+
+
+@triton.jit
+def _write_header(table_ptr, stride_table, table_header_ptr, summary_ptr, lens, SCAN: tl.constexpr):
+    """Where the step's page table is, and the longest of its query lengths."""
+    tl.store(table_header_ptr, table_ptr.to(tl.int64))
+    tl.store(table_header_ptr + 1, stride_table.to(tl.int64))
+    longest = lens[4]
+    if lens[1] is not None:
+        longest = 0
+        for base in range(0, lens[2], SCAN):
+            request = base + tl.arange(0, SCAN)
+            longest = tl.maximum(longest, tl.max(tl.load(lens[1] + request, mask=request < lens[2], other=0), 0))
+    tl.store(summary_ptr, longest)

@@ -1,47 +1,89 @@
 """SplitPlan: how the KV tiles of a ragged batch are cut over a fixed number of programs, on the device.
 
-The requests lie on a line of cost, tiles + OVERHEAD_TILES each, and part p of P owns the stretch [p, p + 1) * share. A
-plan for any lengths up to capacity fits the same launch grid, so a captured graph stays right. The idea of planning on
-the device is FlashMLA's (DeepSeek, 2025).
+The units, blocks of query tokens of one request, lie on a line of cost, tiles + OVERHEAD_TILES each, and part p of P
+owns the stretch [p, p + 1) * share. A plan for any lengths up to capacity fits the same launch grid, so a captured
+graph stays right. The idea of planning on the device is FlashMLA's (DeepSeek, 2025).
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from portable_mla.metadata.split_kernels import ITEM_FIELDS, plan_splits_kernel
+from portable_mla.launch import KernelLaunch, alignment
+from portable_mla.metadata.batch import PagedBatch
+from portable_mla.metadata.split_kernels import ITEM_FIELDS, TOKEN_FIELDS, plan_splits_kernel
+from portable_mla.metadata.status import Status
 
-OVERHEAD_TILES = 4  # what starting a request costs, in tiles
+OVERHEAD_TILES = 4  # what starting a unit costs, in tiles
 MIN_PIECE_TILES = 1  # a cut leaves at least this many tiles on both sides; a part has at least twice as many
-REQUESTS_PER_PROGRAM = 16
 PIECES_PER_STEP = 32
-REQUESTS_PER_SCAN = 1024
+CELLS_PER_STEP = 128
+UNITS_PER_SCAN = 1024  # at most
+# H100, us at batch 128 and 1024: programs of one unit and one warp 3.0 and 11.6, of 4 units and 4 warps 4.1 and 6.3, of
+# 16 units and 4 warps 5.1 and 6.4. Shuffles beat barriers while the scan is short.
+ONE_WARP_UNITS = 256
+FIXED_TOKENS = 512  # of a piece whose cuts may not depend on the batch, while these are enough
+FIXED_PIECES = 64  # most of them in a unit: longer units get longer pieces
 
 
 @dataclass(frozen=True)
 class PlanShape:
-    """What a plan is sized by. parts: programs along the KV; block_n: tokens of a tile; min_tiles: of a part."""
+    """What a plan is sized by.
+
+    parts: programs along the KV; block_n: tokens of a tile; min_tiles: of a part; block_q: query tokens of a unit;
+    fixed: each unit is cut by its own length alone, so that its result has the same bits in any batch.
+    """
 
     parts: int
     max_batch: int
     max_tokens: int
     max_query_len: int
+    max_context: int
+    block_q: int
     block_n: int
     min_tiles: int
+    fixed: bool = False
+
+    @property
+    def query_blocks(self) -> int:
+        """Units of a request."""
+        return -(-self.max_query_len // self.block_q)
+
+    @property
+    def max_units(self) -> int:
+        """Units of any batch."""
+        return self.max_batch * self.query_blocks
+
+    @property
+    def units_per_program(self) -> int:
+        """Units whose items one program writes; each program scans all."""
+        return 1 if self.max_units <= ONE_WARP_UNITS else 8
+
+    @property
+    def fixed_tiles(self) -> int:
+        """Tiles of the shortest fixed piece; 0 where cuts are free."""
+        return max(FIXED_TOKENS // self.block_n, 1) if self.fixed else 0
+
+    @property
+    def max_pieces(self) -> int:
+        """Pieces of one unit, where cuts are fixed."""
+        longest = -(-self.max_context // self.block_n)
+        return max(min(FIXED_PIECES, -(-longest // max(self.fixed_tiles, 1))), 1)
 
     @property
     def max_items(self) -> int:
-        """Items of any plan: each request has one, and each cut adds one."""
-        return self.parts + self.max_batch
+        """Items of any plan: each unit has one, and each cut adds one."""
+        return self.max_units * self.max_pieces if self.fixed else self.parts + self.max_units
 
     @property
     def max_slots(self) -> int:
-        """Partial results of any plan: each of the parts - 1 cuts adds one piece, and a split request has a cut."""
+        """Partial results of any plan: each of the parts - 1 free cuts adds one piece, and a split unit has a cut."""
+        if self.fixed:
+            return self.max_items if self.max_pieces > 1 else 1
         return max(min(2 * (self.parts - 1), self.max_items), 1)
 
 
@@ -49,70 +91,74 @@ class PlanShape:
 class SplitPlan:
     """Buffers whose addresses never change; the contents describe one step.
 
-    A part is a run of items; an item is a run of KV tiles of one request. `slot` is where its partial result goes, or
-    -1 when the item is the whole request. `token_slots` tells the combine which slots to merge for each query token.
+    A part is a run of items; an item is a run of KV tiles of one unit. `slot` is where its partial result goes, or -1
+    when the item is the whole unit. `token_slots` tells the combine which slots to merge for each query token.
+    `table_header` says where the step's page table is, so that a captured graph follows any table.
     """
 
     shape: PlanShape
+    table_header: Tensor  # [2] int64: address, row stride
     part_indptr: Tensor  # [parts + 1] int32
-    items: Tensor  # [max_items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, unused
-    token_slots: Tensor  # [max_tokens, 4] int32: slot_lo, slot_hi or -1, index in the request, unused
+    items: Tensor  # [max_items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
+    token_slots: Tensor  # [max_tokens, 4] int32: slot_lo, slot_hi or -1 (final) or -2 (faulty), index in unit, position
+    summary: Tensor  # [4] int32: longest query_len, query tokens, items, slots
 
     @classmethod
     def allocate(cls, shape: PlanShape, device: torch.device) -> SplitPlan:
         """Buffers for any batch within `shape`."""
 
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=device)
+        def ints(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
 
-        return cls(shape, zeros(shape.parts + 1), zeros(shape.max_items, ITEM_FIELDS.value), zeros(shape.max_tokens, 4))
+        return cls(
+            shape,
+            ints(2, dtype=torch.int64),
+            ints(shape.parts + 1),
+            ints(shape.max_items, ITEM_FIELDS.value),
+            ints(shape.max_tokens, TOKEN_FIELDS.value),
+            ints(4),
+        )
 
-    def update(self, kv_lens: Tensor, query_indptr: Tensor) -> None:
-        """Plan one step. kv_lens: [batch] int32; query_indptr: [batch + 1] int32. No value is read on the host."""
-        batch = kv_lens.shape[0]
+    @property
+    def positions(self) -> Tensor:
+        """[max_tokens] int32, strided: where each query token stands in its request; 0 for padding."""
+        return self.token_slots[:, 3]
+
+    def update(self, batch: PagedBatch, status: Status, *, page_size: int, max_pages: int) -> None:
+        """Plan one step in one launch; no value is read on the host. Lengths and pages out of range set `status`."""
         shape = self.shape
-        assert batch <= shape.max_batch, "the caller checks capacity"
-        plan_splits_kernel[(max(-(-batch // REQUESTS_PER_PROGRAM), 1),)](
-            kv_lens, query_indptr, self.part_indptr, self.items, self.token_slots,
-            batch, shape.parts, shape.max_tokens, shape.min_tiles,
-            MAX_QUERY_LEN=shape.max_query_len, BLOCK_Q=triton.next_power_of_2(shape.max_query_len),
-            BLOCK_N=shape.block_n,
-            OVERHEAD=OVERHEAD_TILES, MIN_PIECE=MIN_PIECE_TILES, BLOCK_B=REQUESTS_PER_PROGRAM, BLOCK_P=PIECES_PER_STEP,
-            SCAN=REQUESTS_PER_SCAN, num_warps=4,  # pyright: ignore[reportCallIssue]
+        table, kv_lens, query_lens, positions = batch.block_table, batch.kv_lens, batch.query_lens, batch.positions
+        requests = batch.size
+        assert requests <= shape.max_batch, "the caller checks capacity"
+        programs = max(-(-requests * shape.query_blocks // shape.units_per_program), 1)
+        dtype = None if positions is None else positions.dtype
+        key = (table.device.index, dtype, alignment(kv_lens, query_lens, positions, table))
+        _launch(shape, page_size)(
+            key, (programs,),
+            kv_lens, query_lens, positions, table, self.table_header, self.part_indptr, self.items, self.token_slots,
+            self.summary, status.words,
+            requests, shape.parts, shape.max_tokens, shape.min_tiles,
+            min(table.shape[1] * page_size, shape.max_context), batch.max_query_len,
+            (2**31 - 1) // max(requests, 1), max_pages, table.stride(0),
         )  # fmt: skip
 
 
-def plan_splits_reference(
-    kv_lens: list[int], query_indptr: list[int], shape: PlanShape
-) -> tuple[list[int], list[tuple[int, ...]], list[tuple[int, int, int]]]:
-    """part_indptr, items and token_slots as `plan_splits_kernel` writes them: the definition of the plan."""
-    query_lens = [stop - start for start, stop in itertools.pairwise(query_indptr)]
-    tiles = [-(-max(length, 0) // shape.block_n) if n > 0 else 0 for length, n in zip(kv_lens, query_lens, strict=True)]
-    overhead = OVERHEAD_TILES
-    share = -(-sum(count + overhead for count in tiles if count) // shape.parts)
-    if share < shape.min_tiles + overhead:
-        overhead, share = 0, max(-(-sum(tiles) // shape.parts), shape.min_tiles)
-    parts: list[list[tuple[int, ...]]] = [[] for _ in range(shape.parts)]
-    tokens = [(0, 0, 0)] * shape.max_tokens
-    start, slot = 0, 0
-    for request, count in enumerate(tiles):
-        slots = (0, 0)
-        if count:
-            origin = start + overhead
-            first = min((origin + MIN_PIECE_TILES - 1) // share, shape.parts - 1)
-            last = min(max((origin + count - MIN_PIECE_TILES) // share, first), shape.parts - 1)
-            for part in range(first, last + 1):
-                low = 0 if part == first else part * share - origin
-                high = count if part == last else (part + 1) * share - origin
-                place = slot + part - first if last > first else -1
-                rest = (kv_lens[request], query_indptr[request], query_lens[request], 0)
-                parts[part].append((request, low, high, place, *rest))
-            slots = (slot, slot + last - first + 1) if last > first else (0, -1)
-            slot += last - first + 1 if last > first else 0
-            start += count + overhead
-        for index in range(min(query_lens[request], shape.max_query_len)):
-            tokens[query_indptr[request] + index] = (slots[0], slots[1], index)
-    part_indptr = [0]
-    for part_items in parts:
-        part_indptr.append(part_indptr[-1] + len(part_items))
-    return part_indptr, [item for part_items in parts for item in part_items], tokens
+def _power_of_2(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+@functools.cache
+def _launch(shape: PlanShape, page_size: int) -> KernelLaunch:
+    return KernelLaunch(plan_splits_kernel, plan_constants(shape, page_size))
+
+
+def plan_constants(shape: PlanShape, page_size: int) -> dict[str, int]:
+    """Constants and options of the plan kernel's launch. They follow the capacity in powers of two, never a batch."""
+    scan = min(max(_power_of_2(shape.max_units), 64), UNITS_PER_SCAN)
+    return {
+        "BLOCK_Q": shape.block_q, "BLOCK_T": _power_of_2(shape.block_q), "QUERY_BLOCKS": shape.query_blocks,
+        "PAGE_SIZE": page_size, "BLOCK_N": shape.block_n, "OVERHEAD": OVERHEAD_TILES, "MIN_PIECE": MIN_PIECE_TILES,
+        "FIXED_TILES": shape.fixed_tiles, "MAX_PIECES": FIXED_PIECES, "BLOCK_U": shape.units_per_program,
+        "BLOCK_P": PIECES_PER_STEP, "BLOCK_C": CELLS_PER_STEP, "SCAN": scan,
+        "num_warps": 1 if scan <= ONE_WARP_UNITS else 4,
+    }  # fmt: skip

@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from portable_mla.arguments import DecodeArguments
-from portable_mla.backend import Runner
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.device import ARCHS
 from portable_mla.dispatch import load
-from portable_mla.metadata import DecodeMetadata, Form
-from portable_mla.shape import Request
+from portable_mla.metadata import DecodeBuffers, Needs, Status
+from portable_mla.shape import Capacity, Request
 from tests.acceptance import Errors, check
 from tests.cases import Case, Problem, build
 
-FORMS = frozenset({Form.block_table, Form.query_indptr})
 SMALL: dict[str, Any] = {"latent_dim": 128, "rope_dim": 32}
 MIDDLE: dict[str, Any] = {"latent_dim": 256, "rope_dim": 32}
 TILE = Tile(block_h=16, block_n=16, num_warps=4, num_stages=2, min_tokens=32)
@@ -36,12 +34,18 @@ def request_of(problem: Problem, arch: str, units: int) -> Request:
     return replace(arguments.request(deterministic=False), arch=replace(ARCHS[arch], units=units))
 
 
-def decode(problem: Problem, runner: Runner) -> tuple[Tensor, Tensor]:
+def decode(problem: Problem, runner: TritonRunner, status: Status | None = None) -> tuple[Tensor, Tensor]:
     """Plan and run, into results full of NaN."""
     q = problem.q
     out = torch.full((*q.shape[:2], problem.latent_dim), torch.nan, dtype=q.dtype)
     lse = torch.full(q.shape[:2], torch.nan)
-    runner.plan(DecodeMetadata.build(problem.batch, FORMS))
+    shape, pages = runner.plan_shape, problem.kv_cache.shape[0]
+    capacity = Capacity(
+        shape.max_batch, shape.max_tokens, shape.max_query_len, shape.max_context, pages, cache_bytes=0
+    )  # fmt: skip
+    status = status or Status.allocate(q.device)
+    buffers = DecodeBuffers(capacity, problem.kv_cache.shape[1], Needs(split_plan=shape), status)
+    runner.plan(buffers.update(problem.batch, pages))
     runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
     return out, lse
 
@@ -58,5 +62,7 @@ def solve_as(arch: str, case: Case, units: int) -> Errors:
     request = request_of(problem, arch, units)
     backend = load("triton", request.arch.vendor)
     assert not backend.reasons_unsupported(request)
-    assert backend.needs(request) == FORMS
-    return check(problem, *decode(problem, backend.bind(request)))
+    runner = backend.bind(request)
+    assert isinstance(runner, TritonRunner)
+    assert backend.needs(request) == Needs(split_plan=runner.plan_shape)
+    return check(problem, *decode(problem, runner))

@@ -1,0 +1,166 @@
+"""Contenders: this library's decode, and what it is compared with, over random paged problems, timed in CUDA graphs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from portable_mla import Capacity, MLAAttention, MLAShape, PagedBatch, Phase, Request, arch_of
+from portable_mla.backend import DecodeInputs
+from portable_mla.backends.triton.backend import TritonBackend
+from portable_mla.backends.triton.runner import TritonRunner
+from portable_mla.backends.triton.tile import row_tiles
+from portable_mla.cache_format import CacheFormat
+from portable_mla.dispatch import load
+from portable_mla.metadata import DecodeBuffers, DecodeMetadata, Needs, Status
+
+PAGE_SIZE, LATENT, ROPE = 64, 512, 64
+SCALE = 192**-0.5
+COLD_BYTES = 300e6  # of caches that one graph reads, well above any L2
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random queries, caches enough to be cold, and a batch with shuffled pages."""
+
+    q: Tensor
+    caches: list[Tensor]
+    batch: PagedBatch
+    kv_lens: list[int]
+
+    @classmethod
+    def of(cls, kv_lens: Sequence[int], heads: int, *, caches: int | None = None) -> Problem:
+        """One query token a request."""
+        rng = torch.Generator(device=DEVICE).manual_seed(0)
+        width = -(-max(kv_lens) // PAGE_SIZE)
+        pages = sum(-(-n // PAGE_SIZE) for n in kv_lens)
+        order = torch.randperm(pages, generator=rng, device=DEVICE).to(torch.int32)
+        table = torch.zeros(len(kv_lens), width, dtype=torch.int32, device=DEVICE)
+        start = 0
+        for request, n in enumerate(kv_lens):
+            count = -(-n // PAGE_SIZE)
+            table[request, :count] = order[start : start + count]
+            start += count
+        copies = caches if caches is not None else max(1, min(8, int(COLD_BYTES // (sum(kv_lens) * 1152))))
+        row = (pages, PAGE_SIZE, LATENT + ROPE)
+        stored = [torch.randn(row, generator=rng, device=DEVICE, dtype=torch.bfloat16) * 0.5 for _ in range(copies)]
+        q = torch.randn(len(kv_lens), heads, LATENT + ROPE, generator=rng, device=DEVICE, dtype=torch.bfloat16)
+        lens = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
+        return cls(q, stored, PagedBatch(table, lens), list(kv_lens))
+
+    def request(self) -> Request:
+        """What dispatch would be asked."""
+        shape = MLAShape(self.q.shape[1], LATENT, ROPE, PAGE_SIZE, torch.bfloat16, CacheFormat.bf16)
+        tokens, pages = len(self.kv_lens), self.caches[0].shape[0]
+        width = self.batch.block_table.shape[1] * PAGE_SIZE
+        capacity = Capacity(tokens, tokens, 1, width, pages, self.caches[0].nbytes)
+        return Request(arch_of(DEVICE), shape, Phase.decode, 1, True, False, capacity)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        return self.q.new_empty(*self.q.shape[:2], LATENT), self.q.new_empty(self.q.shape[:2], dtype=torch.float32)
+
+
+def graph_us(calls: Sequence[Callable[[], object]], *, least: int = 4, replays: int = 15) -> float:
+    """Median microseconds of one call, of a graph that makes all of them at least `least` times."""
+    rounds = max(1, -(-least // len(calls)))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in [*calls, *calls]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    times = []
+    for index in range(replays + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        if index >= 2:
+            times.append(start.elapsed_time(stop) * 1e3 / (rounds * len(calls)))
+    return statistics.median(times)
+
+
+def ours(problem: Problem, *, deterministic: bool = False) -> list[Callable[[], object]]:
+    """MLAAttention, planned on the device."""
+    request = problem.request()
+    attention = MLAAttention(
+        request.shape, request.capacity, device=DEVICE, backend="triton", deterministic=deterministic
+    )  # fmt: skip
+    attention.plan(problem.batch)
+    out, lse = problem.outputs()
+    return [lambda c=c: attention(problem.q, c, out, lse, softmax_scale=SCALE) for c in problem.caches]
+
+
+def split_rule(problem: Problem) -> list[Callable[[], object]]:
+    """The same kernel and combine over pieces that the split rule makes, one program each."""
+    request, batch = problem.request(), len(problem.kv_lens)
+    backend = load("triton", request.arch.vendor)
+    assert isinstance(backend, TritonBackend)
+    tile = backend.tile(request)
+    splits = rule_splits(max(problem.kv_lens), request.arch.units)
+    units = -(-batch * splits * row_tiles(problem.q.shape[1], tile) // tile.programs_per_unit)
+    runner = TritonRunner(replace(request, arch=replace(request.arch, units=units)), tile)
+    runner._most_spread_tokens = TritonRunner(request, tile)._most_spread_tokens
+    status = Status.allocate(torch.device(DEVICE))
+    needs = Needs(split_plan=runner.plan_shape)
+    metadata = DecodeBuffers(request.capacity, PAGE_SIZE, needs, status).update(
+        problem.batch, problem.caches[0].shape[0]
+    )
+    _write_split_rule(metadata, problem.kv_lens, splits, tile.block_n)
+    runner.plan(metadata)
+    out, lse = problem.outputs()
+    return [lambda c=c: runner.run(DecodeInputs(problem.q, c), out, lse, softmax_scale=SCALE) for c in problem.caches]
+
+
+def rule_splits(longest: int, units: int) -> int:
+    """Pieces of every request: of vLLM 0.33.0's Triton MLA."""
+    return min(1 << (max(1, longest // 512) - 1).bit_length(), 2 * units)
+
+
+def _write_split_rule(metadata: DecodeMetadata, kv_lens: list[int], splits: int, block_n: int) -> None:
+    plan = metadata.split_plan
+    assert plan is not None
+    items, tokens = [], []
+    for request, kv_len in enumerate(kv_lens):
+        tiles = -(-kv_len // block_n)
+        each = -(-tiles // splits)
+        for piece in range(splits):
+            low, high = min(piece * each, tiles), min(piece * each + each, tiles)
+            items.append([request, low, high, request * splits + piece, kv_len, request, 1, 0])
+        tokens.append([request * splits, request * splits + splits, 0, kv_len - 1])
+    part_indptr = [min(part, len(items)) for part in range(plan.shape.parts + 1)]
+    for buffer, values in ((plan.items, items), (plan.token_slots, tokens), (plan.part_indptr, part_indptr)):
+        buffer[: len(values)] = torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def vllm(problem: Problem, splits: int | None = None) -> list[Callable[[], object]]:
+    """vLLM's Triton MLA decode."""
+    from vllm.v1.attention.ops import triton_decode_attention  # type: ignore[import-not-found]
+
+    batch, heads, _ = problem.q.shape
+    splits = splits or rule_splits(max(problem.kv_lens), arch_of(DEVICE).units)
+    out, lse = problem.outputs()
+    lse = lse.to(torch.bfloat16)
+    partial = torch.empty(batch, heads, splits, LATENT + 1, dtype=torch.float32, device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+
+    def call(cache: Tensor) -> None:
+        rows = cache.view(-1, PAGE_SIZE, 1, LATENT + ROPE)
+        triton_decode_attention.decode_attention_fwd(
+            problem.q, rows, rows[..., :LATENT], out, lse, problem.batch.block_table, problem.batch.kv_lens, partial,
+            splits, SCALE, PAGE_SIZE, k_scale=one, v_scale=one, is_mla=True,
+        )  # fmt: skip
+
+    return [lambda c=c: call(c) for c in problem.caches]

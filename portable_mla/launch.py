@@ -1,0 +1,53 @@
+"""KernelLaunch: one Triton kernel with fixed constants, cheap to launch and never compiled in a capture."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portable_mla.errors import GraphCaptureError
+
+_WIDEST = 16  # bytes: what Triton specialises pointers on
+
+
+def alignment(*tensors: Tensor | None) -> tuple[bool | None, ...]:
+    """What Triton specialises on in each pointer: None for no tensor, else whether its address allows wide access."""
+    return tuple(None if tensor is None else tensor.data_ptr() % _WIDEST == 0 for tensor in tensors)
+
+
+class KernelLaunch:
+    """A kernel whose constants are the last parameters of its signature.
+
+    The first launch of a key goes through Triton, which binds, specialises and compiles; later ones go straight to the
+    compiled kernel, at a fifth of the host time. The key must tell apart whatever Triton specialises on: dtypes,
+    alignment of pointers, values of strides.
+    """
+
+    def __init__(self, kernel: Any, constants: Mapping[str, Any]) -> None:
+        self._kernel, self._constants = kernel, dict(constants)
+        self._trailing = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self._compiled: dict[Hashable, Any] = {}
+
+    def ready(self, key: Hashable) -> Any:
+        """The compiled kernel of `key`, None before its first launch.
+
+        Raises GraphCaptureError where the first launch would happen inside a graph capture.
+        """
+        compiled = self._compiled.get(key)
+        if compiled is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            name = self._kernel.__name__
+            raise GraphCaptureError(f"{name} is not compiled yet for these tensors, and a capture cannot compile it")
+        return compiled
+
+    def __call__(self, key: Hashable, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Launch on the current stream of the current device. arguments: those before the constants, in order."""
+        compiled = self.ready(key)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *self._trailing)
+            return
+        compiled = self._kernel[grid](*arguments, **self._constants)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            self._compiled[key] = compiled

@@ -1,0 +1,81 @@
+"""Status: wrong lengths and page ids that a kernel met, kept on the device until somebody asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+NO_FAULT = 2**63 - 1
+
+
+class Fault(IntEnum):
+    """Kinds of fault; the value is the index of the kind's status word."""
+
+    page_id = 0
+    kv_len = 1
+    query_len = 2
+    query_tokens = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is allowed, for the message."""
+
+    max_pages: int
+    max_context: int
+    max_query_len: int
+    max_query_tokens: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """One sticky word a kind of fault. Kernels only ever lower a word, so that the first faulty request stays; writing
+    it needs no sync and works in captured graphs.
+
+    words: [4] int64, NO_FAULT or `request << 32 | value & 0xffffffff`.
+    """
+
+    words: Tensor
+
+    @classmethod
+    def allocate(cls, device: torch.device) -> Status:
+        """Words without a fault."""
+        return cls(torch.full((len(Fault),), NO_FAULT, dtype=torch.int64, device=device))
+
+    def check(self, limits: Limits) -> None:
+        """Wait for the device, and forget and raise what it met since the last check.
+
+        Raises IndexError naming the request, the value and what is allowed, of every kind of fault.
+        """
+        words = self.words.tolist()
+        if all(word == NO_FAULT for word in words):
+            return
+        self.words.fill_(NO_FAULT)
+        faults = [describe(Fault(kind), word, limits) for kind, word in enumerate(words) if word != NO_FAULT]
+        raise IndexError(f"{'; '.join(faults)}. Rows that need them are NaN")
+
+    def report(self, fault: Fault, request: int, value: int) -> None:
+        """What kernels do, for the host's twins of them."""
+        word = request << 32 | value & 0xFFFFFFFF
+        self.words[fault].clamp_(max=word)
+
+
+def describe(fault: Fault, word: int, limits: Limits) -> str:
+    """One fault in words."""
+    request, value = word >> 32, word & 0xFFFFFFFF
+    value -= (value >> 31) << 32
+    messages = {
+        Fault.page_id: f"block_table: request {request}: expected a page in [0, {limits.max_pages}), got {value}",
+        Fault.kv_len: f"kv_lens: request {request}: expected 0 to {limits.max_context}, got {value}",
+        Fault.query_len: (
+            f"query_lens: request {request}: expected 0 to {limits.max_query_len}, that is max_query_len, got {value}"
+        ),
+        Fault.query_tokens: (
+            f"query_lens: request {request}: its query tokens end at {value}, "
+            f"and there is room for {limits.max_query_tokens}"
+        ),
+    }
+    return messages[fault]
