@@ -43,35 +43,41 @@ def steps(requests: Sequence[TraceRequest], concurrency: int, count: int) -> lis
     return [found[low + (len(found) - 1 - low) * index // (count - 1)] for index in range(count)]
 
 
+PLANS = {"free": (False, 1), "fixed": (True, 1), "ragged queries": (False, 4)}  # deterministic, longest query
+
+
 def plan_rows() -> list[dict[str, Any]]:
     """GPU and host time of one plan, for ragged batches of 4096 tokens on average."""
     rows = []
     for batch in (1, 8, 32, 128, 256, 1024, 4096):
-        kv_lens = [1 + (request * 2654435761) % 8191 for request in range(batch)]
-        problem = Problem.of(kv_lens, 16, caches=0)
+        problem = Problem.of([1 + (request * 2654435761) % 8191 for request in range(batch)], 16, caches=0)
         row: dict[str, Any] = {"batch": batch}
         pages = int(problem.batch.block_table.max()) + 1
         shape = MLAShape(16, LATENT, ROPE, PAGE_SIZE, torch.bfloat16, CacheFormat.bf16)
-        for name, options in (("free", {}), ("fixed", {"deterministic": True}), ("ragged queries", {"ragged": True})):
-            ragged = options.pop("ragged", False)
-            capacity = Capacity(batch, batch * (4 if ragged else 1), 4 if ragged else 1, 8192, pages, 0)
+        for name, (fixed, longest) in PLANS.items():
+            capacity = Capacity(batch, batch * longest, longest, 8192, pages, 0)
             attention = MLAAttention(
-                shape, capacity, device=DEVICE, backend="triton", uniform_queries=not ragged, **options
+                shape, capacity, device=DEVICE, backend="triton", uniform_queries=longest == 1, deterministic=fixed
             )  # fmt: skip
-            lens = torch.randint(1, 5, (batch,), dtype=torch.int32, device=DEVICE) if ragged else None
-            step = replace(problem.batch, query_lens=lens, max_query_len=4 if ragged else 1)
+            lens = torch.randint(1, longest + 1, (batch,), dtype=torch.int32, device=DEVICE) if longest > 1 else None
+            step = replace(problem.batch, query_lens=lens, max_query_len=longest)
             row[f"{name} us"] = round(graph_us([lambda a=attention, s=step: a.plan(s)], least=20), 2)
             attention.check()
-            host = []
-            for _ in range(100):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                attention.plan(step)
-                host.append((time.perf_counter() - start) * 1e6)
-            row[f"{name} host us"] = round(statistics.median(host), 1)
+            row[f"{name} host us"] = round(_host_us(lambda a=attention, s=step: a.plan(s)), 1)
         print(row, flush=True)
         rows.append(row)
     return rows
+
+
+def _host_us(call: Callable[[], object]) -> float:
+    """Median microseconds that the host spends in a call whose device work it need not wait for."""
+    times = []
+    for _ in range(100):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
 
 
 def trace_rows(

@@ -91,7 +91,7 @@ def test_a_batch_that_shrinks_leaves_nothing_to_read() -> None:
         (9, 3, 1, "query_lens: request 1: expected 0 to 2, that is max_query_len, got 3"),
         (9, 1, -1, r"block_table: request 1: expected a page in \[0, 9\), got -1"),
         (9, 1, 9, r"block_table: request 1: expected a page in \[0, 9\), got 9"),
-        (9, 2, 1, "query_lens: request 2: its query tokens end at 4, and there is room for 3"),
+        (9, 2, 1, "query_lens: request 2: its query tokens end at 4, past q or past max_query_tokens 3"),
     ],
 )
 def test_what_is_out_of_range_is_reported_and_never_becomes_an_address(

@@ -75,7 +75,7 @@ def describe(fault: Fault, word: int, limits: Limits) -> str:
         ),
         Fault.query_tokens: (
             f"query_lens: request {request}: its query tokens end at {value}, "
-            f"and there is room for {limits.max_query_tokens}"
+            f"past q or past max_query_tokens {limits.max_query_tokens}"
         ),
     }
     return messages[fault]

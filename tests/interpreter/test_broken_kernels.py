@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -84,10 +85,20 @@ MUTANTS = {
 }
 
 
+@pytest.fixture
+def launches_anew() -> Iterator[None]:
+    """No launch outlives the test: the planner remembers its own."""
+    split_plan._launch.cache_clear()
+    yield
+    split_plan._launch.cache_clear()
+
+
+@pytest.mark.usefixtures("launches_anew")
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_a_broken_kernel_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     solve_with_tile(mutant.case, mutant.tile, mutant.units)
     user, kernel = LAUNCHES[mutant.module]
+    split_plan._launch.cache_clear()
     monkeypatch.setattr(user, kernel, getattr(mutant.write(tmp_path), kernel))
     with pytest.raises(AssertionError, match="^(out|lse)") as caught:
         solve_with_tile(mutant.case, mutant.tile, mutant.units)

@@ -10,6 +10,7 @@ import torch
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.device import ARCHS
+from portable_mla.metadata import Limits, Status
 from tests.acceptance import check
 from tests.cases import Case, build
 from tests.interpreter.repair import without
@@ -117,6 +118,52 @@ def test_one_runner_serves_batch_after_batch() -> None:
     for kv_lens in ((0, 0, 5), (160, 1, 300), (20,)):
         problem = build(Case(kv_lens, 16, **SMALL))
         check(problem, *decode(problem, runner))
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["free", "fixed"])
+def test_a_page_that_is_not_there_makes_its_rows_nan_and_changes_no_other_bit(fixed: bool) -> None:
+    problem = build(Case((40, 5, 700), 12, **SMALL, query_lens=(1, 2, 3), max_query_len=4, content="fingerprint"))
+    request = replace(request_of(problem, "sm90", 8), deterministic=fixed)
+    good_out, good_lse = decode(problem, TritonRunner(request, TILE))
+    table = problem.batch.block_table.clone()
+    table[1, 0] = 2**31 - 1
+    status = Status.allocate(torch.device("cpu"))
+    out, lse = decode(problem.with_table(table), TritonRunner(request, TILE), status)
+    assert bool(out[1:3].isnan().all())
+    assert bool(lse[1:3].isnan().all())
+    others = [0, 3, 4, 5]
+    assert torch.equal(out[others], good_out[others])
+    assert torch.equal(lse[others], good_lse[others])
+    with pytest.raises(IndexError, match="block_table: request 1: expected a page in"):
+        status.check(Limits(problem.kv_cache.shape[0], 10_000, 4, 6))
+
+
+def test_rows_that_q_does_not_have_are_reported_and_not_written() -> None:
+    problem = build(Case((40, 5, 100), 12, **SMALL, query_lens=(1, 2, 3), max_query_len=4))
+    runner, status = TritonRunner(request_of(problem, "sm90", 8), TILE), Status.allocate(torch.device("cpu"))
+    decode(problem, runner, status)
+    out = torch.full((6, 12, 128), 7.0).bfloat16()
+    lse = torch.full((6, 12), 7.0)
+    inputs = replace(problem.inputs, q=problem.q[:4])
+    runner.run(inputs, out[:4], lse[:4], softmax_scale=problem.softmax_scale)
+    assert bool((out[4:] == 7).all())
+    assert bool((lse[4:] == 7).all())
+    with pytest.raises(IndexError, match="query_lens: request 2: its query tokens end at [56], past q"):
+        status.check(Limits(problem.kv_cache.shape[0], 10_000, 4, 6))
+
+
+@pytest.mark.parametrize("tile", [TILE, DESCRIPTOR], ids=lambda tile: tile.loads)
+def test_m7_with_fixed_cuts_a_request_alone_has_the_bits_it_has_in_a_batch(tile: Tile) -> None:
+    problem = build(Case((1300, 5, 0, 700), 12, **SMALL, query_lens=(2, 1, 1, 3), max_query_len=3))
+    request = replace(request_of(problem, "sm90", 8), deterministic=True)
+    out, lse = decode(problem, TritonRunner(request, tile))
+    check(problem, out, lse)
+    for index, start in ((0, 0), (3, 4)):
+        alone = problem.only(index)
+        small = replace(request_of(alone, "sm90", 3), deterministic=True)
+        alone_out, alone_lse = decode(alone, TritonRunner(small, tile))
+        assert torch.equal(out[start : start + len(alone_out)], alone_out)
+        assert torch.equal(lse[start : start + len(alone_out)], alone_lse)
 
 
 @pytest.mark.parametrize("repair", ["arithmetic", "rounding"])

@@ -113,8 +113,8 @@ def assert_planned_as_defined(case: PlanCase) -> None:
 @pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_kernel_writes_the_plan_that_is_defined(parts: int, fixed: bool) -> None:
-    @settings(max_examples=max(settings().max_examples // 5, 5))
-    @given(plan_cases(parts, longest_batch=40, fixed=fixed))
+    @settings(max_examples=max(settings().max_examples // 15, 3))
+    @given(plan_cases(parts, longest_batch=25, fixed=fixed))
     def holds(case: PlanCase) -> None:
         assert_planned_as_defined(case)
 
@@ -122,7 +122,7 @@ def test_the_kernel_writes_the_plan_that_is_defined(parts: int, fixed: bool) -> 
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
-@pytest.mark.parametrize("batch", [16, 17, 1025])
+@pytest.mark.parametrize("batch", [17, 1025])
 def test_the_kernel_plans_batches_of_more_than_one_program_and_scan(batch: int, fixed: bool) -> None:
     kv_lens = [(request * 37) % 900 for request in range(batch)]
     query_lens = [request % 3 for request in range(batch)]
@@ -229,7 +229,7 @@ def test_tokens_beyond_the_capacity_are_not_written() -> None:
     plan.update(batch, status, page_size=PAGE_SIZE, max_pages=PAGES)
     assert (guarded[5:] == UNWRITTEN).all()
     assert (guarded[:5] != UNWRITTEN).all()
-    with pytest.raises(IndexError, match="request 1: its query tokens end at 8, and there is room for 5"):
+    with pytest.raises(IndexError, match="request 1: its query tokens end at 8, past q or past max_query_tokens 5"):
         status.check(Limits(PAGES, 96, 4, 5))
 
 
