@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -119,7 +121,7 @@ class MLAAttention:
 
     def _new_buffers(self) -> DecodeBuffers:
         request, debug = self.request, self._settings.debug
-        needs = self._backend.needs(request)
+        needs = replace(self._backend.needs(request), positions=True)
         return DecodeBuffers(request.capacity, request.shape.page_size, needs, self._status, debug=debug)
 
     def _check_batch(self, batch: PagedBatch) -> None:

@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from portable_mla import CacheFormat, Capacity, MLAShape, NoBackend, Phase, Request, arch_named, mla_decode, select
+from portable_mla import (
+    CacheFormat,
+    Capacity,
+    MLAShape,
+    NoBackend,
+    PagedBatch,
+    Phase,
+    Request,
+    arch_named,
+    mla_decode,
+    select,
+)
 from portable_mla.arguments import DecodeArguments, check_kv_scale
 from tests.cases import Case, build
 
@@ -241,7 +252,31 @@ def test_a_cache_that_spans_more_than_any_address() -> None:
     problem = build(Case((3,)))
     huge = torch.empty(1, device="meta", dtype=torch.bfloat16).as_strided((2, 16, 576), (2**61, 576, 1))
     q, table, lens = problem.q.to("meta"), problem.batch.block_table.to("meta"), problem.batch.kv_lens.to("meta")
-    from portable_mla import PagedBatch
 
     with pytest.raises(ValueError, match=r"kv_cache: spans 2\*\*63 bytes or more"):
         DecodeArguments(q, huge.as_strided((4, 16, 576), (2**61, 576, 1)), PagedBatch(table, lens), 512, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("positions", "error", "message"),
+    [
+        (torch.zeros(2), TypeError, "positions: expected int32 or int64, got torch.float32"),
+        (
+            torch.zeros(2, 1, dtype=torch.int64),
+            ValueError,
+            r"positions: expected one dense dimension, got shape \(2, 1\)",
+        ),
+        (
+            torch.zeros(4, dtype=torch.int64)[::2],
+            ValueError,
+            r"positions: expected one dense dimension.*strides \(2,\)",
+        ),
+        (torch.zeros(3, dtype=torch.int32), ValueError, "positions: expected one for each of 2 query tokens, got 3"),
+    ],
+)
+def test_positions_that_do_not_fit_the_batch_are_refused(
+    positions: Tensor, error: type[Exception], message: str
+) -> None:
+    table, lens = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    with pytest.raises(error, match=message):
+        PagedBatch(table, lens, positions=positions)

@@ -21,7 +21,7 @@ class PagedBatch:
     kv_lens: Tensor  # [batch] int32
     query_lens: Tensor | None = None  # [batch] int32
     max_query_len: int = 1
-    positions: Tensor | None = None  # [tokens] int32 or int64: RoPE positions of the query tokens
+    positions: Tensor | None = None  # [tokens] int32 or int64: RoPE positions, 0 for query tokens it does not reach
 
     def __post_init__(self) -> None:
         _check_ints("block_table", self.block_table, 2)
@@ -32,8 +32,22 @@ class PagedBatch:
             _check_per_request("query_lens", self.query_lens, self.block_table)
         if self.max_query_len < 1:
             raise ValueError(f"max_query_len: expected at least 1, got {self.max_query_len}")
-        if self.positions is not None and self.positions.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"positions: expected int32 or int64, got {self.positions.dtype}")
+        if self.positions is not None:
+            self._check_positions(self.positions)
+
+    def _check_positions(self, positions: Tensor) -> None:
+        if positions.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
+        if positions.dim() != 1 or (positions.shape[0] > 1 and positions.stride(0) != 1):
+            raise ValueError(
+                f"positions: expected one dense dimension, got shape {tuple(positions.shape)} and strides "
+                f"{positions.stride()}"
+            )
+        if positions.device != self.device:
+            raise ValueError(f"positions: is on {positions.device}, block_table on {self.device}")
+        tokens = self.size * self.max_query_len
+        if self.query_lens is None and positions.shape[0] != tokens:
+            raise ValueError(f"positions: expected one for each of {tokens} query tokens, got {positions.shape[0]}")
 
     @property
     def size(self) -> int:

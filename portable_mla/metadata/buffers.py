@@ -20,7 +20,7 @@ def _has_triton() -> bool:
 
 
 class DecodeBuffers:
-    """Metadata of one attention, sized by its capacity, in the forms its backend needs; positions are always there."""
+    """Metadata of one attention, sized by its capacity, in the forms that are needed."""
 
     def __init__(
         self, capacity: Capacity, page_size: int, needs: Needs, status: Status, *, debug: bool = False
@@ -33,7 +33,7 @@ class DecodeBuffers:
 
             self._plan = SplitPlan.allocate(needs.split_plan, device)
         self._ragged = None
-        if self._plan is None or needs.query_indptr or needs.index_size:
+        if needs.query_indptr or needs.index_size or (needs.positions and self._plan is None):
             shape = RaggedShape(
                 capacity.max_batch,
                 capacity.max_query_tokens,
@@ -50,7 +50,7 @@ class DecodeBuffers:
         """As `DecodeMetadata.positions`."""
         if self._plan is not None:
             return self._plan.positions
-        assert self._ragged is not None, "one of the two is always there"
+        assert self._ragged is not None, "needs no positions"
         return self._ragged.positions
 
     def update(self, batch: PagedBatch, pages: int) -> DecodeMetadata:

@@ -19,12 +19,14 @@ if TYPE_CHECKING:  # the planner needs Triton, which a CPU may lack
 class Needs:
     """The forms that a backend reads beside the batch itself; only those are built.
 
-    split_plan: a split plan of this shape. query_indptr: row pointers of the queries. index_size: ragged kv indices of
-    so many tokens each (the page size, a divisor of it, 1 for token indices).
+    split_plan: a split plan of this shape. query_indptr: row pointers of the queries. positions: of the query tokens; a
+    split plan has them anyway. index_size: ragged kv indices of so many tokens each (the page size, a divisor of it, 1
+    for token indices).
     """
 
     split_plan: PlanShape | None = None
     query_indptr: bool = False
+    positions: bool = False
     index_size: int | None = None
 
 

@@ -89,7 +89,8 @@ class RaggedForms:
             key, (max(batch.size, 1), 1 if shape.index_size is None else CHUNKS),
             batch.kv_lens, batch.query_lens, positions, table, self.query_indptr, self.positions, self.kv_indptr,
             self.last_page_len, self.kv_indices, status.words,
-            batch.size, shape.max_batch, shape.max_tokens, shape.max_indices,
+            batch.size, 0 if positions is None else positions.shape[0], shape.max_batch, shape.max_tokens,
+            shape.max_indices,
             min(table.shape[1] * shape.page_size, shape.max_context), batch.max_query_len,
             (2**31 - 1) // max(batch.size, 1), max_pages, table.stride(0),
         )  # fmt: skip
@@ -151,7 +152,7 @@ def _positions(batch: PagedBatch, start: Tensor, request: Tensor, index: Tensor,
     """Where each token stands: as the batch says, or `index` after the start of its request's query."""
     given = batch.positions
     if given is not None:
-        return given[token.clamp(max=len(given) - 1)] if len(given) else token
+        return torch.nn.functional.pad(given, (0, max(len(token) - len(given), 0)))[: len(token)]
     return start[request] + index if batch.size else token
 
 

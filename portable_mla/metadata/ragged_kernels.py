@@ -54,7 +54,7 @@ def _write_indices(
 
 @triton.jit
 def _write_positions(
-    positions_ptr, given_ptr, start, tokens, kv_len, query_len, max_tokens, BLOCK_C: tl.constexpr
+    positions_ptr, given_ptr, given, start, tokens, kv_len, query_len, max_tokens, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     for base in range(0, tl.minimum(tokens, max_tokens), BLOCK_C):
         index = base + tl.arange(0, BLOCK_C)
@@ -62,7 +62,7 @@ def _write_positions(
         mask = (index < tokens) & (token < max_tokens)
         position = kv_len - query_len + index
         if given_ptr is not None:
-            position = tl.load(given_ptr + token, mask=mask, other=0).to(tl.int32)
+            position = tl.load(given_ptr + token, mask=mask & (token < given), other=0).to(tl.int32)
         tl.store(positions_ptr + token, position, mask=mask)
 
 
@@ -98,6 +98,7 @@ def write_ragged_kernel(
     kv_indices_ptr,  # [max_indices] int32
     status_ptr,  # [4] int64
     batch,
+    given_positions,
     max_batch,
     max_tokens,
     max_indices,
@@ -133,7 +134,15 @@ def write_ragged_kernel(
         report_fault(status_ptr, QUERY_TOKENS, one, end, (one >= 0) & (tokens > 0) & (end > max_tokens))
         tl.store(query_indptr_ptr + request, query_start)
         _write_positions(
-            positions_ptr, given_positions_ptr, query_start, tokens, given_kv_len, tokens, max_tokens, BLOCK_C
+            positions_ptr,
+            given_positions_ptr,
+            given_positions,
+            query_start,
+            tokens,
+            given_kv_len,
+            tokens,
+            max_tokens,
+            BLOCK_C,
         )
         if kv_indices_ptr is not None:
             tl.store(kv_indptr_ptr + request, start)

@@ -99,7 +99,7 @@ def _write_items(
 
 @triton.jit
 def _write_tokens(
-    token_slots_ptr, positions_ptr, query_start, tokens, seen, pieces, slot_start, faulty, max_tokens,
+    token_slots_ptr, positions_ptr, query_start, tokens, seen, pieces, slot_start, faulty, given, max_tokens,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Slots and position of each query token. Tokens beyond the capacity are not written, whatever the lengths say."""
@@ -112,7 +112,7 @@ def _write_tokens(
         mask = (index < tokens[:, None]) & (token < max_tokens)
         position = (seen - tokens)[:, None] + index
         if positions_ptr is not None:
-            position = tl.load(positions_ptr + token, mask=mask, other=0).to(tl.int32)
+            position = tl.load(positions_ptr + token, mask=mask & (token < given), other=0).to(tl.int32)
         record_ptr = token_slots_ptr + token.to(tl.int64) * TOKEN_FIELDS
         tl.store(record_ptr, slot_lo[:, None], mask=mask)
         tl.store(record_ptr + 1, slot_hi[:, None], mask=mask)
@@ -174,6 +174,7 @@ def plan_splits_kernel(
     summary_ptr,  # [4] int32: longest query_len, query tokens, items, slots
     status_ptr,  # [4] int64
     batch,
+    given_positions,
     parts,
     max_tokens,
     min_tiles,
@@ -237,7 +238,17 @@ def plan_splits_kernel(
         faulty, seen, query_start, tokens, BLOCK_P, FIXED_TILES, MAX_PIECES,
     )  # fmt: skip
     _write_tokens(
-        token_slots_ptr, positions_ptr, query_start, tokens, seen, pieces, slot_start, faulty, max_tokens, BLOCK_T
+        token_slots_ptr,
+        positions_ptr,
+        query_start,
+        tokens,
+        seen,
+        pieces,
+        slot_start,
+        faulty,
+        given_positions,
+        max_tokens,
+        BLOCK_T,
     )
     end = tl.where(tokens > 0, query_start + tokens, 0)
     _report(status_ptr, lens, unit, strange, bad_page, faulty, end, max_tokens, QUERY_BLOCKS)

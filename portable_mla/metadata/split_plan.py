@@ -137,7 +137,7 @@ class SplitPlan:
             key, (programs,),
             kv_lens, query_lens, positions, table, self.table_header, self.part_indptr, self.items, self.token_slots,
             self.summary, status.words,
-            requests, shape.parts, shape.max_tokens, shape.min_tiles,
+            requests, 0 if positions is None else positions.shape[0], shape.parts, shape.max_tokens, shape.min_tiles,
             min(table.shape[1] * page_size, shape.max_context), batch.max_query_len,
             (2**31 - 1) // max(requests, 1), max_pages, table.stride(0),
         )  # fmt: skip

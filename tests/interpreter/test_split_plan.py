@@ -285,9 +285,11 @@ def test_the_device_knows_the_longest_query_and_the_sum_of_query_blocks(query_le
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_positions_that_the_batch_gives_stand_in_the_plan(dtype: torch.dtype) -> None:
     case = PlanCase([40, 20], [2, 1], SHAPE, 4, [False] * 2)
-    batch = dataclasses.replace(case.batch(), positions=torch.tensor([7, 8, 99], dtype=dtype))
+    short = torch.full((9,), UNREAD_CELL, dtype=dtype)
+    short[:2] = torch.tensor([7, 8])
+    batch = dataclasses.replace(case.batch(), positions=short[:2])  # the third token's is missing
     plan = SplitPlan.allocate(SHAPE, torch.device("cpu"))
     plan.update(batch, Status.allocate(torch.device("cpu")), page_size=PAGE_SIZE, max_pages=PAGES)
-    assert plan.positions[:5].tolist() == [7, 8, 99, 0, 0]
+    assert plan.positions[:5].tolist() == [7, 8, 0, 0, 0]
     plan.update(case.batch(), Status.allocate(torch.device("cpu")), page_size=PAGE_SIZE, max_pages=PAGES)
     assert plan.positions[:5].tolist() == [38, 39, 19, 0, 0]
