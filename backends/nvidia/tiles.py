@@ -1,7 +1,7 @@
 """Decode tiles of NVIDIA GPUs.
 
 Comments: registers, bytes of stack where there are any, shared KB and matrix instructions of the widest geometry of the
-row on Triton 3.6.0, then on 3.9; microseconds are of an H100, bf16, page 64, at (batch, heads, context).
+row on Triton 3.6.0, then on 3.9, when the row was chosen (ci/budgets.json has today's); microseconds are of an H100, bf16, page 64, at (batch, heads, context).
 """
 
 from portable_mla.backends.triton.tile import Rule, Tile, when
@@ -61,7 +61,7 @@ _SM90 = (
     # 255 regs, 8 B, 164 KB, 136 HMMA. Twice 16x32 a unit was predicted to hide more latency: (128, 16, 4096) 229 us,
     # (1, 16, 81920) 51.7, (8, 16, 8192) 41.1; this one 228, 47.1, 38.0
     Rule(when(latent_above=256, whole_tiles=64), Tile(16, 64, 4, 3, "descriptor")),
-    # 128 regs, 164 KB, 68 HMMA. Page 16: (128, 16, 4096) 234 us, (1, 16, 81920) 49.4; twice 16x32 237, 54.4
+    # 145 regs, 164 KB, 68 HMMA. Page 16: (128, 16, 4096) 234 us, (1, 16, 81920) 49.4; twice 16x32 237, 54.4
     Rule(when(latent_above=256), Tile(16, 64, 8, 3)),
     # 255 regs, 8 B, 200 KB, 24 HGMMA. 186 us at (128, 128, 4096), with 8 warps 295
     Rule(when(latent_above=128, rows_above=32, whole_tiles=64), Tile(64, 64, 4, 4, "descriptor")),
@@ -88,7 +88,7 @@ _SM100 = (
     Rule(when(latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
     # 255 regs, 8 B, 164 KB, 136 HMMA; the sm90 row's measurement, for the same instructions
     Rule(when(latent_above=256, whole_tiles=64), Tile(16, 64, 4, 3, "descriptor")),
-    # 128 regs, 164 KB, 68 HMMA
+    # 145 regs, 164 KB, 68 HMMA
     Rule(when(latent_above=256), Tile(16, 64, 8, 3)),
     # 226 regs, 104 KB, 144 HMMA; 3.9: 184
     Rule(when(latent_above=128, rows_above=16), Tile(32, 64, 4, 3, programs_per_unit=2)),
