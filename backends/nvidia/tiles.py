@@ -1,7 +1,8 @@
 """Decode tiles of NVIDIA GPUs.
 
 Comments: registers, bytes of stack where there are any, shared KB and matrix instructions of the widest geometry of the
-row on Triton 3.6.0, then on 3.9, when the row was chosen (ci/budgets.json has today's); microseconds are of an H100, bf16, page 64, at (batch, heads, context).
+row on Triton 3.6.0, then on 3.9, when the row was chosen (ci/budgets.json has today's); microseconds are of an H100,
+bf16, page 64, at (batch, heads, context).
 """
 
 from portable_mla.backends.triton.tile import Rule, Tile, when
