@@ -105,8 +105,8 @@ def variants(arch: str) -> dict[str, Job]:
     tile, request = rule_of(arch, most).tile, decode_request(arch, most)
     ragged = replace(request, max_query_len=8, uniform_queries=False)
     jobs += [
-        ("combine spread", functools.partial(compile_combine, request, tile, "spread")),
-        ("combine grouped", functools.partial(compile_combine, request, tile, "grouped")),
+        ("combine spread", functools.partial(compile_combine, request, "spread")),
+        ("combine grouped", functools.partial(compile_combine, request, "grouped")),
         ("plan", functools.partial(compile_plan, ragged, tile)),
         ("plan fixed", functools.partial(compile_plan, replace(ragged, deterministic=True), tile)),
         ("ragged", functools.partial(compile_ragged, request)),

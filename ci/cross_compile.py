@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from portable_mla.backends.triton.combine import Combine
 from portable_mla.backends.triton.combine_kernels import combine_kernel
 from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.runner import TritonRunner, plan_shape
@@ -92,10 +93,9 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Res
     return _compile(decode_kernel, request.arch, types, constants)
 
 
-def compile_combine(request: Request, tile: Tile, kind: Literal["spread", "grouped"]) -> Resources:
+def compile_combine(request: Request, kind: Literal["spread", "grouped"]) -> Resources:
     """The combine kernel for few tokens or for many."""
-    runner = TritonRunner(request, tile)
-    _, constants = runner.combines[kind]
+    constants = Combine(request).constants[kind]
     types = _default_types(combine_kernel)
     types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "token_slots_ptr": "*i32!"}
     types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
