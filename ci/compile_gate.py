@@ -26,9 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 import triton
 
-from ci.cross_compile import Resources, compile_combine, compile_decode, compile_plan, compile_ragged
+from ci.cross_compile import (
+    Resources,
+    compile_combine,
+    compile_decode,
+    compile_gluon,
+    compile_plan,
+    compile_ragged,
+)
 from portable_mla.backends.amd import tiles as amd_tiles
 from portable_mla.backends.nvidia import tiles as nvidia_tiles
+from portable_mla.backends.nvidia.gluon import BACKEND as GLUON
 from portable_mla.backends.triton.backend import GEOMETRIES
 from portable_mla.backends.triton.tile import Rule, TileRequest
 from portable_mla.cache_format import CacheFormat
@@ -77,6 +85,33 @@ def decode_job(arch: str, request: TileRequest, kind: str = "") -> tuple[str, Jo
     return name, functools.partial(compile_decode, decode_request(arch, request, dtype), tile, aligned=aligned)
 
 
+# heads, query_len, page_size, rope_dim, dtype: each tile of sm90_tile, each kind of page, both geometries and dtypes
+GLUON_CASES = (
+    (16, 1, 64, 64, torch.bfloat16),
+    (128, 1, 64, 64, torch.bfloat16),
+    (128, 2, 64, 64, torch.bfloat16),
+    (16, 8, 16, 64, torch.bfloat16),
+    (64, 1, 32, 0, torch.float16),
+    (128, 1, 128, 64, torch.float16),
+)
+
+
+def gluon_requests(arch: str) -> dict[str, Request]:
+    """What is compiled of the kernel that is written in Gluon, where the architecture has it."""
+    requests = {}
+    for heads, query_len, page_size, rope_dim, dtype in GLUON_CASES:
+        request = decode_request(arch, TileRequest(heads, 512, rope_dim, page_size), dtype)
+        request = replace(request, max_query_len=query_len)
+        if not GLUON.reasons_unsupported(request):
+            name = f"gluon 512+{rope_dim} {heads}x{query_len} page {page_size} {str(dtype).removeprefix('torch.')}"
+            requests[name] = request
+    return requests
+
+
+def _gluon_resources(request: Request) -> Resources:
+    return Resources.of(compile_gluon(request))
+
+
 def widest(latent_dim: int, rope_dim: int) -> bool:
     """Whether no geometry of this latent has a wider rope."""
     return rope_dim == max(rope for latent, rope in GEOMETRIES if latent == latent_dim)
@@ -105,12 +140,18 @@ def variants(arch: str) -> dict[str, Job]:
     tile, request = rule_of(arch, most).tile, decode_request(arch, most)
     ragged = replace(request, max_query_len=8, uniform_queries=False)
     jobs += [
-        ("combine spread", functools.partial(compile_combine, request, tile, "spread")),
-        ("combine grouped", functools.partial(compile_combine, request, tile, "grouped")),
+        ("combine spread", functools.partial(compile_combine, request, "spread")),
+        ("combine grouped", functools.partial(compile_combine, request, "grouped")),
         ("plan", functools.partial(compile_plan, ragged, tile)),
         ("plan fixed", functools.partial(compile_plan, replace(ragged, deterministic=True), tile)),
         ("ragged", functools.partial(compile_ragged, request)),
     ]
+    if gluon := gluon_requests(arch):
+        jobs += [(name, functools.partial(_gluon_resources, request)) for name, request in gluon.items()]
+        jobs += [
+            ("combine spread dependent", functools.partial(compile_combine, request, "spread", dependent=True)),
+            ("combine grouped dependent", functools.partial(compile_combine, request, "grouped", dependent=True)),
+        ]
     return dict(jobs)  # rules that differ in their plans alone share a kernel, and its name
 
 
@@ -148,7 +189,7 @@ def _faults(arch: str, name: str, found: Resources, budget: Resources | None) ->
     limit = ARCHS[arch].shared_memory
     if found.shared > limit:
         yield f"{found.shared} B of shared memory, {arch} has {limit}"
-    if name.startswith("decode") and not found.matrix:
+    if name.startswith(("decode", "gluon")) and not found.matrix:
         yield "no matrix instruction"
     if budget is None:
         yield "no budget; look at its figures, then record them with --record"

@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from portable_mla.backends.triton.combine import Combine
 from portable_mla.backends.triton.combine_kernels import combine_kernel
 from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.runner import TritonRunner, plan_shape
@@ -92,10 +93,43 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Res
     return _compile(decode_kernel, request.arch, types, constants)
 
 
-def compile_combine(request: Request, tile: Tile, kind: Literal["spread", "grouped"]) -> Resources:
-    """The combine kernel for few tokens or for many."""
-    runner = TritonRunner(request, tile)
-    _, constants = runner.combines[kind]
+def compile_gluon(request: Request) -> Any:
+    """Hopper's Gluon kernel as its runner launches it, compiled; imported here, for not every Triton has its names."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
+    from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, Sm90Runner
+
+    shape = request.shape
+    constants = Sm90Runner(request, Tile(64, 64, 8, 2)).decode_constants()
+    dtype, boxes = DTYPES[shape.q_dtype], {"q_desc": constants["QUERY_ROWS"], "kv_desc": min(shape.page_size, BLOCK)}
+    types = _default_types(sm90_decode_kernel)
+    types |= {name: f"tensordesc<{dtype}[{rows}, {BLOCK}],{LAYOUT!r}>" for name, rows in boxes.items()}
+    types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
+    types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
+    types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
+    types |= dict.fromkeys(("stride_slot", "stride_out_token", "stride_out_head"), "i32!")
+    types["softmax_scale"] = "fp32"
+    return _compiled(sm90_decode_kernel, request.arch, types, constants, GluonASTSource)
+
+
+def serialised_wgmma(compiled: Any) -> list[str]:
+    """What ptxas says of wgmmas that it makes wait for one another (remarks C75xx), which Triton does not show."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        for ptxas in (tools / "ptxas", tools / "ptxas-blackwell"):  # of two, the one that reads this PTX version
+            command = [str(ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return [line for line in done.stderr.splitlines() if "(C75" in line]
+    raise RuntimeError(done.stderr)
+
+
+def compile_combine(request: Request, kind: Literal["spread", "grouped"], *, dependent: bool = False) -> Resources:
+    """The combine kernel for few tokens or for many. dependent: as Hopper's Gluon runner launches it."""
+    constants = Combine(request, dependent=dependent).constants[kind]
     types = _default_types(combine_kernel)
     types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "token_slots_ptr": "*i32!"}
     types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
@@ -125,6 +159,10 @@ def _default_types(kernel: Any) -> dict[str, str]:
 
 
 def _compile(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constants) -> Resources:
+    return Resources.of(_compiled(kernel, arch, types, launch, ASTSource))
+
+
+def _compiled(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constants, source_type: Any) -> Any:
     """types: of the arguments that are not constants; a trailing "!" marks a value divisible by 16."""
     assert isinstance(kernel, triton.JITFunction), "main refuses an interpreted process"
     constants = {name: value for name, value in launch.items() if name in kernel.arg_names}
@@ -135,9 +173,9 @@ def _compile(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constant
         for index, name in enumerate(kernel.arg_names)
         if name not in constants and types[name].endswith("!")
     }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    source = source_type(kernel, signature, constexprs=constants, attrs=divisible)
     target = ("hip", arch.name) if arch.vendor == "amd" else ("cuda", int(arch.name.removeprefix("sm")))
-    return Resources.of(triton.compile(source, target=GPUTarget(*target, arch.wave), options=options))
+    return triton.compile(source, target=GPUTarget(*target, arch.wave), options=options)
 
 
 def _kinds(assembly: str, matrix: re.Pattern[str]) -> dict[str, int]:

@@ -3,6 +3,7 @@ as strings and loaded when asked for."""
 
 # name -> "module:attribute" of its Backend; {vendor} is the architecture's.
 BACKENDS: dict[str, str] = {
+    "gluon": "portable_mla.backends.{vendor}.gluon:BACKEND",
     "triton": "portable_mla.backends.{vendor}.triton:BACKEND",
     "cpu": "portable_mla.backends.cpu:BACKEND",
     "reference": "portable_mla.backends.reference:BACKEND",
@@ -14,7 +15,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "sm80": ("triton", "reference"),
     "sm86": ("triton", "reference"),
     "sm89": ("triton", "reference"),
-    "sm90": ("triton", "reference"),
+    "sm90": ("gluon", "triton", "reference"),
     "sm100": ("triton", "reference"),
     "sm103": ("triton", "reference"),
     "sm120": ("triton", "reference"),

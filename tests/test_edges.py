@@ -159,6 +159,8 @@ def test_a_grid_of_more_than_65535_requests_is_served(target: Target) -> None:
     batch, heads = 70_000, 2
     if target.device == "cpu" or target.backend == "reference":
         pytest.skip(f"{target} launches no grid")
+    if not target.accepts(Case((1,), heads=heads, latent_dim=128, rope_dim=32, page_size=1)):
+        pytest.skip(f"{target} refuses such pages")
     rng = torch.Generator(device="cuda").manual_seed(0)
     q = torch.randn(batch, heads, 160, generator=rng, device="cuda").bfloat16()
     cache = torch.randn(batch, 1, 160, generator=rng, device="cuda").bfloat16()

@@ -147,7 +147,7 @@ def test_one_captured_graph_serves_every_smaller_batch(target: Target, plan_too:
 
 def test_a_cold_capture_is_refused_and_the_stream_goes_on(target: Target) -> None:
     on_gpu(target)
-    problem = build(Case((33, 5), heads=7, latent_dim=128, rope_dim=32, page_size=64), "cuda")
+    problem = build(Case((33, 5), heads=7, page_size=64), "cuda")
     attend = attention_for(problem, target)
     with (
         pytest.raises(GraphCaptureError, match=r"Run plan\(batch\) and one call"),

@@ -117,3 +117,5 @@ RULES = {
     "sm120": _SM120,
     "sm121": _SM120,
 }
+
+GLUON_ARCH = "sm90"

@@ -7,6 +7,15 @@ from portable_mla.backends.triton.decode_kernels import LN_2, START_MAX
 from portable_mla.metadata.split_kernels import FAULTY, FINAL, TOKEN_FIELDS
 
 
+@triton.jit
+def _wait_for_previous_kernel():
+    """Wait until the kernel before has ended and its writes can be seen; launched as its dependent, this one may not.
+
+    Plain inline assembly: the module of Triton's own function for it is not in every vendor's build.
+    """
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["heads", "max_rows"])
 def combine_kernel(
     token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi or -1 (already final) or -2 (faulty), index in the unit, _
@@ -24,6 +33,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # launched before the decode kernel ends; the plan is older than both
 ):
     """One program merges BLOCK_D columns of BLOCK_R heads of one token, BLOCK_S splits at a time."""
     token = tl.program_id(0)
@@ -31,6 +41,8 @@ def combine_kernel(
     first_column = (tl.program_id(1) % (LATENT // BLOCK_D)) * BLOCK_D
     slot_lo = tl.load(token_slots_ptr + token * TOKEN_FIELDS)
     slot_hi = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 1)
+    if DEPENDENT:
+        _wait_for_previous_kernel()
     if slot_hi != FINAL:
         head = first_head + tl.arange(0, BLOCK_R)
         row_valid = head < heads

@@ -10,26 +10,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.triton.combine_kernels import combine_kernel
+from portable_mla.backends.triton.combine import Combine, partial_sizes
 from portable_mla.backends.triton.decode_kernels import decode_kernel
-from portable_mla.backends.triton.tile import (
-    CombineTile,
-    Tile,
-    amd_options,
-    count_parts,
-    grouped_combine,
-    query_block,
-    row_tiles,
-    spread_combine,
-)
+from portable_mla.backends.triton.tile import Tile, amd_options, count_parts, query_block, row_tiles
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.metadata.split_plan import PlanShape
 from portable_mla.shape import Request
-
-# Combining fewer columns than this many a unit, one-warp programs hide more latency than wide ones save traffic. H100:
-# spread is 2.7x faster at (batch 1, 128 heads, 8192) and 5 % slower at (128, 64, 4096); they meet near 64 x 128.
-SPREAD_COLUMNS = 64 * 128
 
 
 def plan_shape(request: Request, tile: Tile) -> PlanShape:
@@ -64,14 +51,8 @@ class TritonRunner:
         self.plan_shape = plan_shape(request, tile)
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._grid = (self.plan_shape.parts * row_tiles(self._rows, tile),)
-        wave, latent_dim = request.arch.wave, request.shape.latent_dim
-        most_spread = SPREAD_COLUMNS * request.arch.units // (request.shape.heads * latent_dim)
-        # One combine for all batch sizes where results must not depend on the batch.
-        self._most_spread_tokens = request.capacity.max_query_tokens if request.deterministic else most_spread
-        self.combines = {
-            "spread": self._combine_constants(spread_combine()),
-            "grouped": self._combine_constants(grouped_combine(latent_dim, wave)),
-        }
+        self._partial_sizes = partial_sizes(request, self.plan_shape)
+        self.combine = Combine(request)
         self._launches: dict[str, KernelLaunch] = {}
         self._metadata: DecodeMetadata | None = None
         self._partials: tuple[Tensor, Tensor] | None = None
@@ -85,15 +66,14 @@ class TritonRunner:
         """The plan is the metadata's; the first one also allocates the partial results and chooses the launches."""
         if self._partials is None:
             device = metadata.batch.device
-            sizes = self._partial_sizes()
-            out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+            out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in self._partial_sizes)
             self._partials = out, stats
             self._launches = self._bind_launches(metadata.debug)
         self._metadata = metadata
 
     def memory(self) -> dict[str, int]:
         """Bytes of the partial results: rows that are split, in float32."""
-        return {"split partials": sum(4 * slots * rows * width for slots, rows, width in self._partial_sizes())}
+        return {"split partials": sum(4 * slots * rows * width for slots, rows, width in self._partial_sizes)}
 
     def run(
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
@@ -103,38 +83,26 @@ class TritonRunner:
         assert kv_scale is None, "refused by dispatch"
         q, cache, plan = inputs.q, inputs.kv_cache, self._metadata.split_plan
         assert plan is not None, "asked for in needs()"
-        partial_out, partial_stats = self._partials
         latent_desc, rope_desc = self._descriptors(cache)
-        tokens = q.shape[0]
         decode = self._launches["pointer" if latent_desc is None else "descriptor"]
-        combine = "spread" if tokens <= self._most_spread_tokens else "grouped"
         results = (*out.stride()[:2], *lse.stride())
         strides = (*q.stride()[:2], *cache.stride()[:2], *results)
         key = (q.device.index, strides, alignment(q, cache, out, lse))
-        self._launches[combine].ready(key)  # a capture must not begin with a decode whose combine it cannot take
+        self.combine.ready(key, q.shape[0])  # a capture must not begin with a decode whose combine it cannot take
         decode(
             key, self._grid,
-            q, cache, latent_desc, rope_desc, plan.table_header, plan.part_indptr, plan.items, out, lse, partial_out,
-            partial_stats, self._metadata.status.words, softmax_scale, tokens, cache.shape[0], self._rows, *strides,
+            q, cache, latent_desc, rope_desc, plan.table_header, plan.part_indptr, plan.items, out, lse,
+            *self._partials, self._metadata.status.words, softmax_scale, q.shape[0], cache.shape[0], self._rows,
+            *strides,
         )  # fmt: skip
-        self._launches[combine](
-            key, (tokens, self.combines[combine][0]),
-            plan.token_slots, partial_out, partial_stats, out, lse, self._shape.heads, self._rows, *results,
-        )  # fmt: skip
-
-    def _partial_sizes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Partial results [slots, rows, latent], and their maximum and sum [slots, rows, 2]."""
-        slots = self.plan_shape.max_slots
-        return (slots, self._rows, self._shape.latent_dim), (slots, self._rows, 2)
+        self.combine(key, plan.token_slots, self._partials, out, lse, self._rows, results)
 
     def _bind_launches(self, debug: bool) -> dict[str, KernelLaunch]:
         options = {"debug": True} if debug else {}
-        launches = {
+        return {
             "descriptor": KernelLaunch(decode_kernel, self.decode_constants("descriptor") | options),
             "pointer": KernelLaunch(decode_kernel, self.decode_constants("pointer") | options),
         }
-        combines = {name: KernelLaunch(combine_kernel, constants) for name, (_, constants) in self.combines.items()}
-        return launches | combines
 
     def _descriptors(self, cache: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
         """Descriptors of the latent and the rope columns, made anew for each call: a kept one would outlive the cache.
@@ -162,13 +130,3 @@ class TritonRunner:
             "NUM_STAGES": tile.num_stages, "DESCRIPTORS": tile.loads == "descriptor", "NUM_XCDS": tile.num_xcds,
             "num_warps": tile.num_warps, "num_stages": tile.num_stages, **(amd_options(tile) if self._amd else {}),
         }  # fmt: skip
-
-    def _combine_constants(self, tile: CombineTile) -> tuple[int, dict[str, Any]]:
-        """Programs a token, and the launch constants."""
-        shape = self._shape
-        programs = -(-shape.heads // tile.block_r) * (shape.latent_dim // tile.block_d)
-        constants = {
-            "LATENT": shape.latent_dim, "BLOCK_D": tile.block_d, "BLOCK_R": tile.block_r, "BLOCK_S": tile.block_s,
-            "num_warps": tile.num_warps,
-        }  # fmt: skip
-        return programs, constants

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from portable_mla.backends.triton import combine_kernels, decode_kernels, runner
+from portable_mla.backends.triton import combine, combine_kernels, decode_kernels, runner
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.metadata import split_kernels, split_plan
 from tests.cases import Case
@@ -51,7 +51,7 @@ class Mutant:
 
 LAUNCHES = {
     decode_kernels: (runner, "decode_kernel"),
-    combine_kernels: (runner, "combine_kernel"),
+    combine_kernels: (combine, "combine_kernel"),
     split_kernels: (split_plan, "plan_splits_kernel"),
 }
 NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None] + tl.sum(", "acc = acc + tl.sum(")

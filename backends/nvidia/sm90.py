@@ -1,0 +1,113 @@
+"""Sm90Backend: when the Gluon kernel for Hopper serves."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from portable_mla.backend import Runner
+from portable_mla.backends.triton.backend import TritonBackend
+from portable_mla.cache_format import CacheFormat
+from portable_mla.metadata import Needs
+from portable_mla.shape import Phase, Request
+
+GEOMETRIES = ((512, 64), (512, 0))  # latent, rope
+MAX_HEADS, MAX_QUERY_LEN = 128, 8
+PAGE_BOX = 64  # rows of the largest TMA box; pages are multiples of it, or of these fractions
+SMALL_PAGES = (16, 32)
+DTYPES = {CacheFormat.bf16: torch.bfloat16, CacheFormat.fp16: torch.float16}
+
+_GLUON = "triton.experimental.gluon"
+_HOPPER = f"{_GLUON}.language.nvidia.hopper"
+# What the kernel is written with, "module:name", each under the names that Triton releases gave it.
+GLUON_NAMES = (
+    ("triton:aggregate", "triton.language.core:_aggregate"),
+    (f"{_GLUON}.language:barrier", f"{_GLUON}.language:thread_barrier"),
+    (f"{_GLUON}.language:warp_specialize",),
+    (f"{_GLUON}.language:DistributedLinearLayout",),
+    (f"{_GLUON}.language:NVMMADistributedLayout",),
+    (f"{_HOPPER}:fence_async_shared",),
+    (f"{_HOPPER}:warpgroup_mma",),
+    (f"{_HOPPER}.mbarrier:expect",),
+    (f"{_HOPPER}.tma:async_load", f"{_HOPPER}.tma:async_copy_global_to_shared"),
+    (f"{_GLUON}.nvidia.hopper:TensorDescriptor",),
+)
+
+
+def missing_names(find: Callable[[str], Any] = importlib.import_module) -> tuple[str, ...]:
+    """The Gluon names that this Triton lacks. find: imports a module, or raises ImportError."""
+
+    def found(path: str) -> bool:
+        module, name = path.split(":")
+        try:
+            return hasattr(find(module), name)
+        except ImportError:
+            return False
+
+    return tuple(names[0].replace(":", ".") for names in GLUON_NAMES if not any(map(found, names)))
+
+
+@functools.cache
+def _reasons_unavailable() -> tuple[str, ...]:
+    if importlib.util.find_spec("triton") is None:
+        return ("needs the package triton (pip install portable-mla[triton])",)
+    missing = missing_names()
+    if not missing:
+        return ()
+    import triton
+
+    return (f"needs a Triton whose Gluon has {', '.join(missing)}, got Triton {triton.__version__}",)
+
+
+class Sm90Backend:
+    """Split-KV decode with wgmma and TMA, for one architecture; what it refuses, portable Triton serves."""
+
+    def __init__(self, portable: TritonBackend, arch_name: str) -> None:
+        self._portable, self._arch_name = portable, arch_name
+
+    def reasons_unavailable(self) -> tuple[str, ...]:
+        """Gluon is experimental: a release that moved a name is refused, not guessed at."""
+        return _reasons_unavailable()
+
+    def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
+        """Geometries, dtypes and sizes that the kernel is compiled and tested for."""
+        shape = request.shape
+        geometry = (shape.latent_dim, shape.rope_dim)
+        known = ", ".join(f"{latent}+{rope}" for latent, rope in GEOMETRIES)
+        paged = shape.page_size % PAGE_BOX == 0 or shape.page_size in SMALL_PAGES
+        q_dtype = DTYPES.get(shape.cache_format)
+        checks = (
+            (request.phase is Phase.decode, f"needs phase decode, got {request.phase.value}"),
+            (request.arch.name == self._arch_name, f"needs {self._arch_name}, got {request.arch.name}"),
+            (geometry in GEOMETRIES, f"needs latent+rope of {known}, got {geometry[0]}+{geometry[1]}; triton has more"),
+            (q_dtype is not None, f"needs a bf16 or fp16 cache, got {shape.cache_format.name}"),
+            (shape.q_dtype is q_dtype, f"needs queries of the cache's dtype, got {shape.q_dtype}"),
+            (shape.heads <= MAX_HEADS, f"needs at most {MAX_HEADS} heads, got {shape.heads}"),
+            (
+                request.max_query_len <= MAX_QUERY_LEN,
+                f"needs at most {MAX_QUERY_LEN} query tokens a request, got {request.max_query_len}",
+            ),
+            (
+                paged,
+                f"needs a page_size of 16, 32 or a multiple of {PAGE_BOX}, got {shape.page_size}; triton takes any",
+            ),
+            (not request.deterministic, "needs deterministic off: where a context is split depends on the batch"),
+        )
+        return tuple(reason for holds, reason in checks if not holds)
+
+    def needs(self, request: Request) -> Needs:
+        """Page tables are walked in place, where the split plan says."""
+        from portable_mla.backends.nvidia.sm90_runner import sm90_plan_shape
+
+        return Needs(split_plan=sm90_plan_shape(request))
+
+    def bind(self, request: Request) -> Runner:
+        """A runner; its buffers are allocated by the first plan, on the device of the batch, and stay."""
+        from portable_mla.backends.nvidia.sm90_runner import Sm90Runner
+
+        return Sm90Runner(request, self._portable.tile(request))

@@ -1,0 +1,298 @@
+"""Decode on Hopper: two warpgroups that share every block of keys, two warps that load.
+
+A program holds 64 rows and walks pairs of 64-key blocks from the end of an item to its start, so that the tail is met
+first and once. Each warpgroup scores one block of a pair and sums half of the output columns over both; values are read
+from the tiles of the keys. The division of labour is FlashMLA's (DeepSeek, 2025); loaders of their own, named barriers
+and the order of hand-overs are not.
+
+Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16, page 64, Triton 3.6.0:
+- The even block's weights are handed over relative to that block's own maximum, not the pair's: predicted to free its
+  right half 1500 cycles earlier, 10 % where compute bound. (128, 128, 4096) with two query tokens 501 -> 467. Kept.
+- L2 is asked for the next pair where two programs share a part: sm90_tile.py.
+- evict_first on the loads of keys, predicted 2 to 10 % at small batches: (1, 16, 8192) 16.1 -> 15.9, (128, 128, 4096)
+  285.4 -> 286.3. Dropped: Triton 3.6 needs its PTX rewritten for it.
+- The combine is let in when a program's last load is done. Letting it in at the start packed its programs on the first
+  free SMs: (1, 16, 81920) 52.5, without dependent launch 48.1, like this 47.5.
+- 16-byte stores after an exchange between lanes (sm90_store_kernels.py) and a start that waits for one load less before
+  the warps part: predicted 1.2 and 0.6 at (1, 128, 1024), whose decode took 13.5 before and 13.7 after. Kept, unproved.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from portable_mla.backends.nvidia.sm90_load_kernels import load_left, load_right
+from portable_mla.backends.nvidia.sm90_room_kernels import (
+    BLOCK,
+    HALF,
+    Cache,
+    Results,
+    Work,
+    new_room,
+    read_item,
+)
+from portable_mla.backends.nvidia.sm90_score_kernels import (
+    ACC,
+    SCORES,
+    SCORES_ROW,
+    WEIGHTS_OPERAND,
+    mask,
+    rescale,
+    score_half,
+    score_rope,
+    wait_query,
+    zero_tails,
+)
+from portable_mla.backends.nvidia.sm90_store_kernels import store_item
+from portable_mla.backends.nvidia.sm90_sync_kernels import (
+    FREE_LEFT_0,
+    FREE_LEFT_1,
+    FREE_QUERY,
+    FREE_RIGHT_0,
+    FREE_RIGHT_1,
+    PAIR_THREADS,
+    QUERY_THREADS,
+    RELEASE_THREADS,
+    WEIGHTS_0,
+    WEIGHTS_1,
+    arrive,
+    meet,
+    multiply,
+    opaque,
+    prefetch_line,
+    publish_barriers,
+)
+from portable_mla.backends.triton.decode_kernels import LOG2_E, START_MAX
+
+
+@gluon.jit
+def _fold_left(room, scores, acc, row_max, row_sum, scale):
+    """Softmax of the even block, both blocks' share of columns 0..255; the odd block's product is left in flight."""
+    zero = opaque(0)
+    scores = multiply(scores, scale)
+    even_max = gl.maximum(row_max, gl.max(scores, 1))
+    weights = gl.exp2(scores - even_max[:, None])
+    rounded = weights.to(room.weights0.dtype)
+    room.max0.store(even_max)
+    room.weights0.index(zero).store(rounded)
+    fence_async_shared()
+    arrive(WEIGHTS_0, PAIR_THREADS)
+    factor = gl.exp2(row_max - even_max)
+    acc = rescale(acc, factor)
+    operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
+    acc = warpgroup_mma(operand, room.even.left.index(zero), acc, is_async=True)
+    row_sum = row_sum * factor + gl.sum(weights, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_LEFT_0, RELEASE_THREADS)
+
+    meet(WEIGHTS_1, PAIR_THREADS)
+    row_max = room.max1.load(SCORES_ROW)
+    factor = gl.exp2(even_max - row_max)
+    row_sum = row_sum * factor
+    acc = rescale(acc, factor)
+    acc = warpgroup_mma(room.weights1.index(zero), room.odd.left.index(zero), acc, is_async=True)
+    return acc, row_max, row_sum
+
+
+@gluon.jit
+def left_warpgroup(
+    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
+):  # fmt: skip
+    """Scores of the even blocks, output columns 0..255.
+
+    The next pair's scores are waited for before the loop goes round: an accumulator in flight across the back edge
+    makes ptxas wait after every wgmma.
+    """
+    phase = 0
+    query_phase = 0
+    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
+        item = read_item(work, index, HEADS)
+        row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
+        acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
+        if item.pairs > 0:
+            q_rope = wait_query(room, query_phase, ROPE)
+            query = room.query.index(opaque(0))
+            scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+            even = room.even.left.index(opaque(0))
+            scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
+            even = room.even.right.index(opaque(0))
+            scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
+            scores = score_rope(q_rope, room.even, phase, scores, ROPE)
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            position = (item.first_block + 2 * item.pairs - 2) * BLOCK
+            if position + 2 * BLOCK > item.all_see:
+                scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+            if position + 2 * BLOCK > item.kv_end:
+                zero_tails(
+                    room.even.left, room.odd.left, room.even.left_full, room.odd.left_full, phase,
+                    item.kv_end - position,
+                )  # fmt: skip
+            for _ in range(item.pairs - 1):
+                acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
+                phase ^= 1
+                position -= 2 * BLOCK
+                query = room.query.index(opaque(0))
+                scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+                even = room.even.left.index(opaque(0))
+                scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
+                acc = warpgroup_mma_wait(4, deps=(acc,))
+                arrive(FREE_LEFT_1, RELEASE_THREADS)
+                even = room.even.right.index(opaque(0))
+                scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
+                scores = score_rope(q_rope, room.even, phase, scores, ROPE)
+                scores = warpgroup_mma_wait(0, deps=(scores,))
+                if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
+                    scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+            arrive(FREE_QUERY, QUERY_THREADS)
+            acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
+            phase ^= 1
+            query_phase ^= 1
+            room.sum0.store(row_sum)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            arrive(FREE_LEFT_1, RELEASE_THREADS)
+            arrive(WEIGHTS_0, PAIR_THREADS)
+            meet(WEIGHTS_1, PAIR_THREADS)
+            row_sum += room.sum1.load(SCORES_ROW)
+        store_item(acc, row_max, row_sum, work, index, results, 0, HEADS)
+
+
+@gluon.jit
+def _fold_right(
+    room, q_rope, item, first_row, position, last, acc, row_max, row_sum, scale, phase, HEADS: gl.constexpr,
+    ROPE: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of the odd block, both blocks' share of columns 256..511.
+
+    The even block's weights come as they are, relative to that block's own maximum, so that their product runs behind
+    the odd block's scores instead of after their softmax, and the even block is let go of that much earlier.
+    """
+    zero = opaque(0)
+    query = room.query.index(zero)
+    scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+    odd = room.odd
+    scores = score_half(query.slice(HALF, HALF, 1), odd.right.index(zero), odd.right_full, phase, scores, True)
+    scores = score_rope(q_rope, odd, phase, scores, ROPE)
+    scores = score_half(query.slice(0, HALF, 1), odd.left.index(zero), odd.left_full, phase, scores, False)
+
+    meet(WEIGHTS_0, PAIR_THREADS)
+    even_max = room.max0.load(SCORES_ROW)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    if last:
+        arrive(FREE_QUERY, QUERY_THREADS)
+    if position + 2 * BLOCK > item.all_see:
+        scores = mask(scores, position + BLOCK, item, first_row, HEADS, BLOCK_Q)
+    acc = rescale(acc, gl.exp2(row_max - even_max))
+    acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
+    scores = multiply(scores, scale)
+    odd_max = gl.maximum(even_max, gl.max(scores, 1))
+    weights = gl.exp2(scores - odd_max[:, None])
+    rounded = weights.to(room.weights0.dtype)
+    room.max1.store(odd_max)
+    room.weights1.index(zero).store(rounded)
+    fence_async_shared()
+    arrive(WEIGHTS_1, PAIR_THREADS)
+    row_sum = row_sum * gl.exp2(row_max - odd_max) + gl.sum(weights, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_RIGHT_0, RELEASE_THREADS)
+    acc = rescale(acc, gl.exp2(even_max - odd_max))
+    operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
+    acc = warpgroup_mma(operand, room.odd.right.index(zero), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_RIGHT_1, RELEASE_THREADS)
+    return acc, odd_max, row_sum
+
+
+@gluon.jit
+def right_warpgroup(
+    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
+):  # fmt: skip
+    """Scores of the odd blocks, output columns 256..511."""
+    phase = 0
+    query_phase = 0
+    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
+        item = read_item(work, index, HEADS)
+        row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
+        acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
+        if item.pairs > 0:
+            q_rope = wait_query(room, query_phase, ROPE)
+            position = (item.first_block + 2 * item.pairs - 2) * BLOCK
+            if position + 2 * BLOCK > item.kv_end:
+                zero_tails(
+                    room.even.right, room.odd.right, room.even.right_full, room.odd.right_full, phase,
+                    item.kv_end - position,
+                )  # fmt: skip
+            for step in range(item.pairs):
+                last = step == item.pairs - 1
+                acc, row_max, row_sum = _fold_right(
+                    room, q_rope, item, work.first_row, position, last, acc, row_max, row_sum, scale, phase,
+                    HEADS, ROPE, BLOCK_Q,
+                )  # fmt: skip
+                phase ^= 1
+                position -= 2 * BLOCK
+            query_phase ^= 1
+            room.sum1.store(row_sum)
+            meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
+            arrive(WEIGHTS_1, PAIR_THREADS)
+            row_sum += room.sum0.load(SCORES_ROW)
+        store_item(acc, row_max, row_sum, work, index, results, HALF, HEADS)
+
+
+@gluon.jit(do_not_specialize=["tokens", "page_rows", "max_rows", "stride_lse_token", "stride_lse_head"])
+def sm90_decode_kernel(
+    q_desc,  # descriptor of q as [tokens * HEADS, LATENT + ROPE], block [QUERY_ROWS, 64]
+    kv_desc,  # descriptor of the cache as [rows, LATENT + ROPE], block [min(PAGE_SIZE, 64), 64]
+    kv_ptr,  # what kv_desc describes
+    table_header_ptr,  # [2] int64: address of the page table, and its row stride
+    part_indptr_ptr,  # [parts + 1] int32
+    items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
+    out_ptr,  # [tokens, HEADS, LATENT]
+    lse_ptr,  # [tokens, HEADS] float32, natural log
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32
+    partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
+    status_ptr,  # [4] int64
+    softmax_scale,
+    tokens,  # of q, which may have fewer than the plan
+    page_rows,  # cache rows from one page to the next
+    stride_slot,  # of the cache, in elements: a row of kv_desc
+    max_rows,
+    stride_out_token,
+    stride_out_head,
+    stride_lse_token,
+    stride_lse_head,
+    HEADS: gl.constexpr,
+    ROPE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_Q: gl.constexpr,  # query tokens of a unit
+    ROW_TILES: gl.constexpr,
+    QUERY_ROWS: gl.constexpr,
+    PREFETCH: gl.constexpr,  # ask L2 for the next pair of blocks ahead of its load
+    REGISTERS: gl.constexpr,  # of a thread of the warpgroups
+    LOADER_REGISTERS: gl.constexpr,
+):
+    """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
+    pid = gl.program_id(0)
+    part = pid // ROW_TILES
+    prefetch_line(part_indptr_ptr + part)
+    prefetch_line(table_header_ptr)
+    work = Work(items_ptr, part_indptr_ptr + part, (pid % ROW_TILES) * BLOCK)
+    cache = Cache(kv_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
+    room = new_room(q_desc.dtype)
+    results = Results(
+        out_ptr, lse_ptr, partial_out_ptr, partial_stats_ptr, status_ptr, tokens, max_rows, stride_out_token,
+        stride_out_head, stride_lse_token, stride_lse_head,
+    )  # fmt: skip
+    publish_barriers()
+    scale = softmax_scale * LOG2_E
+    # constants stay constants only in tuples that are not named
+    gl.warp_specialize(
+        [
+            (left_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
+            (right_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
+            (load_left, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, PREFETCH)),
+            (load_right, (room, work, cache, HEADS, ROPE, PAGE_SIZE, PREFETCH)),
+        ],
+        [4, 1, 1],
+        [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+    )

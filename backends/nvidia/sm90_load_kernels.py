@@ -1,0 +1,174 @@
+"""The two loader warps of the sm90 decode kernel: TMA of Q and of each half of every block of keys.
+
+Each loader walks the same pairs as the warpgroups and refills a half block when the warpgroup that read it last lets
+go of it. Pairs go from the end of the sequence to its start.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, read_item
+from portable_mla.backends.nvidia.sm90_sync_kernels import (
+    FREE_LEFT_0,
+    FREE_LEFT_1,
+    FREE_QUERY,
+    FREE_RIGHT_0,
+    FREE_RIGHT_1,
+    QUERY_THREADS,
+    RELEASE_THREADS,
+    launch_dependents,
+    meet,
+    prefetch_bytes,
+    tma_load,
+)
+
+TILE_BYTES = gl.constexpr(64 * 64 * 2)
+
+
+@gluon.jit
+def _open_table(table_header_ptr):
+    """Address and row stride of the page table, found through the header so that a captured graph follows a new one."""
+    base = gl.load(table_header_ptr).to(gl.pointer_type(gl.int32), bitcast=True)
+    return base, gl.load(table_header_ptr + 1)
+
+
+@gluon.jit
+def _cache_row(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
+    """Row of the cache, seen as rows, where `position` is. Cells past `last` are never read: its own stands in."""
+    cell = gl.minimum(position, last) // PAGE_SIZE
+    return gl.load(table_row_ptr + cell) * page_rows + position % PAGE_SIZE
+
+
+@gluon.jit
+def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
+    """Cache rows where the boxes of a block begin: one box, or one a page where pages are smaller than a block."""
+    if PAGE_SIZE >= BLOCK:
+        return (_cache_row(table_row_ptr, position, last, page_rows, PAGE_SIZE),)
+    elif PAGE_SIZE == 32:
+        return (
+            _cache_row(table_row_ptr, position, last, page_rows, PAGE_SIZE),
+            _cache_row(table_row_ptr, position + 32, last, page_rows, PAGE_SIZE),
+        )
+    else:
+        return (
+            _cache_row(table_row_ptr, position, last, page_rows, PAGE_SIZE),
+            _cache_row(table_row_ptr, position + 16, last, page_rows, PAGE_SIZE),
+            _cache_row(table_row_ptr, position + 32, last, page_rows, PAGE_SIZE),
+            _cache_row(table_row_ptr, position + 48, last, page_rows, PAGE_SIZE),
+        )
+
+
+@gluon.jit
+def _load_tile(kv_desc, rows, column, full, tile, exists, PAGE_SIZE: gl.constexpr):
+    """64 columns of a block. A block behind the item's end is not loaded: its barrier is told to expect nothing."""
+    if exists:
+        mbarrier.expect(full, TILE_BYTES)
+        if PAGE_SIZE >= BLOCK:
+            tma_load(kv_desc, [rows[0], column], full, tile)
+        else:
+            for box in gl.static_range(BLOCK // PAGE_SIZE):
+                tma_load(kv_desc, [rows[box], column], full, tile.slice(box * PAGE_SIZE, PAGE_SIZE, 0))
+    else:
+        mbarrier.expect(full, 0)
+
+
+@gluon.jit
+def _load_half(kv_desc, rows, FIRST: gl.constexpr, full, half, exists, PAGE_SIZE: gl.constexpr):
+    for tile in gl.static_range(HALF // BLOCK):
+        part = half.index(0).slice(tile * BLOCK, BLOCK, 1)
+        _load_tile(kv_desc, rows, FIRST + tile * BLOCK, full[tile], part, exists, PAGE_SIZE)
+
+
+@gluon.jit
+def _load_query(q_desc, q_row, room, QUERY_ROWS: gl.constexpr):
+    """Rows past QUERY_ROWS keep what they hold: rows never mix, and those are not written."""
+    mbarrier.expect(room.query_full, LATENT * QUERY_ROWS * 2)
+    for tile in gl.static_range(LATENT // BLOCK):
+        part = room.query.index(0).slice(tile * BLOCK, BLOCK, 1).slice(0, QUERY_ROWS, 0)
+        tma_load(q_desc, [q_row, tile * BLOCK], room.query_full, part)
+
+
+@gluon.jit
+def _prefetch(cache, row_ptr, position, item, first_row, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Bring a block of the next pair into L2, a stretch of memory for each of its boxes; the first row tile does it."""
+    BOX: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
+    if (position >= item.first_block * BLOCK) & (first_row == 0):
+        rows = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+        for box in gl.static_range(BLOCK // BOX):
+            box_ptr = cache.kv_ptr + rows[box].to(gl.int64) * cache.stride_slot
+            prefetch_bytes(box_ptr, ((BOX - 1) * cache.stride_slot + LATENT + ROPE) * 2)
+
+
+@gluon.jit
+def load_left(
+    room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    QUERY_ROWS: gl.constexpr, PREFETCH: gl.constexpr,
+):  # fmt: skip
+    """Q, and columns 0..255 of both blocks of every pair, which warpgroup 0 lets go of."""
+    table_ptr, stride_table = _open_table(cache.table_header_ptr)
+    used = 0
+    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
+        item = read_item(work, index, HEADS)
+        q_row = item.query_start * HEADS + work.first_row
+        row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
+        for step in range(item.pairs):
+            position = (item.first_block + 2 * (item.pairs - 1 - step)) * BLOCK
+            even = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+            odd = block_rows(row_ptr, position + BLOCK, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+            if step == 0:
+                if used > 0:
+                    meet(FREE_QUERY, QUERY_THREADS)
+                _load_query(q_desc, q_row, room, QUERY_ROWS)
+            if used > 0:
+                meet(FREE_LEFT_0, RELEASE_THREADS)
+            _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, True, PAGE_SIZE)
+            if used > 0:
+                meet(FREE_LEFT_1, RELEASE_THREADS)
+            if ROPE and step == 0:
+                mbarrier.expect(room.query_rope_full, BLOCK * QUERY_ROWS * 2)
+                part = room.weights1.index(0).slice(0, QUERY_ROWS, 0)
+                tma_load(q_desc, [q_row, LATENT], room.query_rope_full, part)
+            exists = position + BLOCK < item.kv_end
+            _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, exists, PAGE_SIZE)
+            if PREFETCH:
+                _prefetch(cache, row_ptr, position - 2 * BLOCK, item, work.first_row, ROPE, PAGE_SIZE)
+            used = 1
+    if used > 0:
+        meet(FREE_QUERY, QUERY_THREADS)
+        meet(FREE_LEFT_0, RELEASE_THREADS)
+        meet(FREE_LEFT_1, RELEASE_THREADS)
+    launch_dependents()
+
+
+@gluon.jit
+def load_right(
+    room, work, cache, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, PREFETCH: gl.constexpr
+):  # fmt: skip
+    """Columns from 256 on of both blocks of every pair, which warpgroup 1 lets go of."""
+    table_ptr, stride_table = _open_table(cache.table_header_ptr)
+    used = 0
+    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
+        item = read_item(work, index, HEADS)
+        row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
+        for step in range(item.pairs):
+            position = (item.first_block + 2 * (item.pairs - 1 - step)) * BLOCK
+            even = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+            odd = block_rows(row_ptr, position + BLOCK, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+            if used > 0:
+                meet(FREE_RIGHT_0, RELEASE_THREADS)
+            _load_half(cache.rows, even, HALF, room.even.right_full, room.even.right, True, PAGE_SIZE)
+            if ROPE:
+                _load_tile(cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), True, PAGE_SIZE)
+            if used > 0:
+                meet(FREE_RIGHT_1, RELEASE_THREADS)
+            exists = position + BLOCK < item.kv_end
+            _load_half(cache.rows, odd, HALF, room.odd.right_full, room.odd.right, exists, PAGE_SIZE)
+            if ROPE:
+                _load_tile(cache.rows, odd, LATENT, room.odd.rope_full, room.odd.rope.index(0), exists, PAGE_SIZE)
+            if PREFETCH:
+                _prefetch(cache, row_ptr, position - BLOCK, item, work.first_row, ROPE, PAGE_SIZE)
+            used = 1
+    if used > 0:
+        meet(FREE_RIGHT_0, RELEASE_THREADS)
+        meet(FREE_RIGHT_1, RELEASE_THREADS)

@@ -1,0 +1,208 @@
+"""The shared memory of the sm90 decode kernel, and the item of work that all of its warps read."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+from portable_mla.backends.nvidia.sm90_compat import aggregate
+from portable_mla.backends.nvidia.sm90_sync_kernels import new_barrier, new_barriers
+from portable_mla.metadata.split_kernels import ITEM_FIELDS
+
+BLOCK = gl.constexpr(64)  # keys of a block, and rows of a program
+TILE_BLOCKS = gl.constexpr(2)  # blocks of a tile of the plan
+LATENT = gl.constexpr(512)
+HALF = gl.constexpr(256)  # latent columns that one warpgroup sums
+
+
+@aggregate
+class KeyBlock:
+    """64 cache rows [1, 64, columns] and the mbarriers that say they have landed, one for each 64 columns."""
+
+    left: gl.shared_memory_descriptor
+    right: gl.shared_memory_descriptor
+    rope: gl.shared_memory_descriptor
+    left_full: gl.tuple
+    right_full: gl.tuple
+    rope_full: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, left, right, rope, left_full, right_full, rope_full):
+        self.left = left
+        self.right = right
+        self.rope = rope
+        self.left_full = left_full
+        self.right_full = right_full
+        self.rope_full = rope_full
+
+
+@aggregate
+class Room:
+    """Everything in shared memory. weights1 first receives the rope part of Q, which then lives in registers."""
+
+    query: gl.shared_memory_descriptor  # [1, 64, 512]
+    query_full: gl.shared_memory_descriptor
+    query_rope_full: gl.shared_memory_descriptor
+    even: KeyBlock
+    odd: KeyBlock
+    weights0: gl.shared_memory_descriptor  # [1, 64, 64]
+    weights1: gl.shared_memory_descriptor
+    max0: gl.shared_memory_descriptor  # [64] float32
+    max1: gl.shared_memory_descriptor
+    sum0: gl.shared_memory_descriptor
+    sum1: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(
+        self, query, query_full, query_rope_full, even, odd, weights0, weights1, max0, max1, sum0, sum1
+    ):  # fmt: skip
+        self.query = query
+        self.query_full = query_full
+        self.query_rope_full = query_rope_full
+        self.even = even
+        self.odd = odd
+        self.weights0 = weights0
+        self.weights1 = weights1
+        self.max0 = max0
+        self.max1 = max1
+        self.sum0 = sum0
+        self.sum1 = sum1
+
+
+@aggregate
+class Cache:
+    """The paged cache as the loaders see it."""
+
+    rows: tma.tensor_descriptor
+    kv_ptr: gl.tensor
+    table_header_ptr: gl.tensor
+    page_rows: gl.tensor
+    stride_slot: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, rows, kv_ptr, table_header_ptr, page_rows, stride_slot):
+        self.rows = rows
+        self.kv_ptr = kv_ptr
+        self.table_header_ptr = table_header_ptr
+        self.page_rows = page_rows
+        self.stride_slot = stride_slot
+
+
+@aggregate
+class Work:
+    """The items of this program's part, from the first of two numbers at part_ptr on, and its 64-row tile of them."""
+
+    items_ptr: gl.tensor
+    part_ptr: gl.tensor
+    first_row: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, items_ptr, part_ptr, first_row):
+        self.items_ptr = items_ptr
+        self.part_ptr = part_ptr
+        self.first_row = first_row
+
+
+@aggregate
+class Item:
+    """One run of KV blocks of one unit: pairs of blocks from first_block on, of which keys < kv_end are
+    real and keys < all_see are seen by every row."""
+
+    request: gl.tensor
+    first_block: gl.tensor
+    pairs: gl.tensor
+    kv_end: gl.tensor
+    kv_len: gl.tensor
+    query_start: gl.tensor
+    query_len: gl.tensor
+    all_see: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, request, first_block, pairs, kv_end, kv_len, query_start, query_len, all_see):
+        self.request = request
+        self.first_block = first_block
+        self.pairs = pairs
+        self.kv_end = kv_end
+        self.kv_len = kv_len
+        self.query_start = query_start
+        self.query_len = query_len
+        self.all_see = all_see
+
+
+@aggregate
+class Results:
+    """Where results go; the field names are the kernel's arguments."""
+
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    partial_out_ptr: gl.tensor
+    partial_stats_ptr: gl.tensor
+    status_ptr: gl.tensor
+    tokens: gl.tensor
+    max_rows: gl.tensor
+    stride_out_token: gl.tensor
+    stride_out_head: gl.tensor
+    stride_lse_token: gl.tensor
+    stride_lse_head: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(
+        self, out_ptr, lse_ptr, partial_out_ptr, partial_stats_ptr, status_ptr, tokens, max_rows, stride_out_token,
+        stride_out_head, stride_lse_token, stride_lse_head,
+    ):  # fmt: skip
+        self.out_ptr = out_ptr
+        self.lse_ptr = lse_ptr
+        self.partial_out_ptr = partial_out_ptr
+        self.partial_stats_ptr = partial_stats_ptr
+        self.status_ptr = status_ptr
+        self.tokens = tokens
+        self.max_rows = max_rows
+        self.stride_out_token = stride_out_token
+        self.stride_out_head = stride_out_head
+        self.stride_lse_token = stride_lse_token
+        self.stride_lse_head = stride_lse_head
+
+
+@gluon.jit
+def new_tile(DTYPE: gl.constexpr, COLUMNS: gl.constexpr):
+    """64 rows in the swizzle that TMA writes and wgmma reads."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    return gl.allocate_shared_memory(DTYPE, [1, BLOCK, COLUMNS], layout)
+
+
+@gluon.jit
+def new_vector():
+    """One float32 for each row."""
+    return gl.allocate_shared_memory(gl.float32, [BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def new_block(DTYPE: gl.constexpr):
+    """Room for one block of keys."""
+    return KeyBlock(
+        new_tile(DTYPE, HALF), new_tile(DTYPE, HALF), new_tile(DTYPE, BLOCK), new_barriers(), new_barriers(),
+        new_barrier(),
+    )  # fmt: skip
+
+
+@gluon.jit
+def new_room(DTYPE: gl.constexpr):
+    """In tiles of 8 KB: Q 8, two blocks of keys 18, weights 2. 225 KB with the vectors, of the 227 there are."""
+    return Room(
+        new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_block(DTYPE), new_block(DTYPE),
+        new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(), new_vector(), new_vector(),
+    )  # fmt: skip
+
+
+@gluon.jit
+def read_item(work, index, HEADS: gl.constexpr):
+    """The item as this row tile sees it: without work where the unit has no such rows, or is faulty."""
+    item_ptr = work.items_ptr + index * ITEM_FIELDS
+    first_block = gl.load(item_ptr + 1) * TILE_BLOCKS
+    last_block = gl.load(item_ptr + 2) * TILE_BLOCKS
+    kv_len = gl.load(item_ptr + 4)
+    query_len = gl.load(item_ptr + 6)
+    kv_end = gl.minimum(kv_len, last_block * BLOCK)
+    kv_end = gl.where(work.first_row < query_len * HEADS, kv_end, 0)
+    pairs = gl.maximum(kv_end - first_block * BLOCK + 2 * BLOCK - 1, 0) // (2 * BLOCK)
+    all_see = gl.minimum(kv_end, kv_len - query_len + 1)
+    return Item(gl.load(item_ptr), first_block, pairs, kv_end, kv_len, gl.load(item_ptr + 5), query_len, all_see)

@@ -1,0 +1,156 @@
+"""Sm90Runner: launches the Hopper decode kernel and the shared combine once a layer, over the step's split plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from portable_mla.backend import DecodeInputs
+from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
+from portable_mla.backends.nvidia.sm90_portable import PortablePath
+from portable_mla.backends.nvidia.sm90_tile import Sm90Tile, sm90_tile
+from portable_mla.backends.triton.combine import Combine, partial_sizes
+from portable_mla.backends.triton.runner import plan_shape
+from portable_mla.backends.triton.tile import Tile, row_tiles
+from portable_mla.launch import KernelLaunch, alignment
+from portable_mla.metadata import DecodeMetadata
+from portable_mla.metadata.split_plan import PlanShape
+from portable_mla.shape import Request
+
+BLOCK = 64  # rows of a program, keys of a block, columns of a TMA box
+ALIGNMENT = 16  # bytes, of every address and stride that TMA takes
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # what TMA writes and wgmma reads
+_ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=2 * BLOCK, num_warps=4, num_stages=1)  # a tile of the plan: two blocks
+
+
+def sm90_plan_shape(request: Request) -> PlanShape:
+    """The split plan of the Gluon kernel."""
+    shape = plan_shape(request, _ROWS_AND_KEYS)
+    return replace(shape, min_tiles=sm90_tile(request.shape.heads * shape.block_q).min_tiles)
+
+
+class Sm90Runner:
+    """Decode with partial results at stable addresses; `run` never syncs.
+
+    Queries that TMA cannot see as rows of one matrix are copied into a buffer, which the first such call allocates. A
+    cache that it cannot see so (its address, a stride or the ratio of the two is odd) is served by the portable
+    kernels. The kernel asserts nothing on the device, also under PORTABLE_MLA_DEBUG=1.
+    """
+
+    def __init__(self, request: Request, portable: Tile, tile: Sm90Tile | None = None) -> None:
+        self._shape, self._capacity = request.shape, request.capacity
+        self.plan_shape = sm90_plan_shape(request)
+        self._rows = request.shape.heads * self.plan_shape.block_q
+        self._tile = tile or sm90_tile(self._rows)
+        self._grid = (self.plan_shape.parts * row_tiles(self._rows, _ROWS_AND_KEYS),)
+        self._partial_sizes = partial_sizes(request, self.plan_shape)
+        constants = self.decode_constants()
+        self._query_box: int = constants["QUERY_ROWS"]
+        self._decode = KernelLaunch(sm90_decode_kernel, constants)
+        self._combine = Combine(request, dependent=self._tile.dependent)
+        self._portable = PortablePath(request, portable)
+        self._metadata: DecodeMetadata | None = None
+        self._partials: tuple[Tensor, Tensor] | None = None
+        self._dense_q: Tensor | None = None
+
+    @property
+    def graph_safe(self) -> bool:
+        """Lengths and the page table are read on the device alone."""
+        return True
+
+    def plan(self, metadata: DecodeMetadata) -> None:
+        """The plan is the metadata's; the first one also allocates the partial results."""
+        if self._partials is None:
+            device = metadata.batch.device
+            out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in self._partial_sizes)
+            self._partials = out, stats
+        self._metadata = metadata
+        self._portable.plan(metadata)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the partial results, and of what odd queries or caches have needed so far."""
+        memory = {"split partials": sum(4 * slots * rows * width for slots, rows, width in self._partial_sizes)}
+        if self._dense_q is not None:
+            memory["query copy"] = self._dense_q.nbytes
+        return memory | self._portable.memory()
+
+    def run(
+        self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
+    ) -> None:
+        """Two launches: split decode, and the combine that also defines rows without work."""
+        assert self._metadata is not None and self._partials is not None, "run before plan"
+        assert kv_scale is None, "refused by dispatch"
+        q, cache, plan = inputs.q, inputs.kv_cache, self._metadata.split_plan
+        assert plan is not None, "asked for in needs()"
+        rows = page_rows(cache)
+        if rows == 0:
+            self._portable.run(self._metadata, inputs, out, lse, softmax_scale)
+            return
+        stride_slot = _outer_strides(cache)[1]
+        results = (*_outer_strides(out), *lse.stride())
+        key = (q.device.index, q.stride(), stride_slot, results, alignment(q, cache, out, lse))
+        self._decode.ready(key)  # before the copy of q
+        self._combine.ready(key, q.shape[0])  # a capture must not begin with a decode whose combine it cannot take
+        self._decode(
+            key, self._grid,
+            self._query_rows(q), _cache_rows(cache, rows), cache, plan.table_header, plan.part_indptr, plan.items,
+            out, lse, *self._partials, self._metadata.status.words, softmax_scale, q.shape[0], rows, stride_slot,
+            self._rows, *results,
+        )  # fmt: skip
+        self._combine(key, plan.token_slots, self._partials, out, lse, self._rows, results)
+
+    def decode_constants(self) -> dict[str, Any]:
+        """Constants and options of the decode kernel's launch."""
+        shape, tile = self._shape, self._tile
+        return {
+            "HEADS": shape.heads, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
+            "BLOCK_Q": self.plan_shape.block_q, "ROW_TILES": row_tiles(self._rows, _ROWS_AND_KEYS),
+            "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK), "PREFETCH": tile.prefetch,
+            "REGISTERS": tile.registers, "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
+        }  # fmt: skip
+
+    def _query_rows(self, q: Tensor) -> TensorDescriptor:
+        """q as [tokens * heads, width]; copied where its strides do not allow that."""
+        tokens, heads, width = q.shape
+        stride_token, stride_head = _outer_strides(q)
+        if (stride_token != heads * stride_head and tokens > 1) or not _aligned(q, stride_head):
+            if self._dense_q is None:
+                most = self._capacity.max_query_tokens
+                self._dense_q = torch.empty(most, heads, width, dtype=q.dtype, device=q.device)
+            q = self._dense_q[:tokens].copy_(q)
+            stride_head = width
+        return _rows_of(q, tokens * heads, stride_head, self._query_box)
+
+
+def _outer_strides(tensor: Tensor) -> tuple[int, int]:
+    """Strides of the outer two of three dimensions; of a dimension of one, what a dense tensor's would be."""
+    stride_head = tensor.stride(1) if tensor.shape[1] > 1 else tensor.shape[2]
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1] * stride_head, stride_head
+
+
+def _aligned(tensor: Tensor, *strides: int) -> bool:
+    bytes_ = tensor.element_size()
+    return tensor.data_ptr() % ALIGNMENT == 0 and all(stride * bytes_ % ALIGNMENT == 0 for stride in strides)
+
+
+def page_rows(cache: Tensor) -> int:
+    """Rows from one page to the next when the cache is seen as rows of its slots' stride; 0 where it cannot be."""
+    stride_page, stride_slot = _outer_strides(cache)
+    seen = stride_slot > 0 and stride_page % stride_slot == 0 and _aligned(cache, stride_slot)
+    return stride_page // stride_slot if seen else 0
+
+
+def _cache_rows(cache: Tensor, step: int) -> TensorDescriptor:
+    pages, page_size, _ = cache.shape
+    return _rows_of(cache, (pages - 1) * step + page_size, _outer_strides(cache)[1], min(page_size, BLOCK))
+
+
+def _rows_of(tensor: Tensor, rows: int, stride: int, box: int) -> TensorDescriptor:
+    """Descriptor of a matrix of `rows` rows, made anew for each call: a kept one would outlive the tensor."""
+    return TensorDescriptor(tensor, [rows, tensor.shape[-1]], [stride, 1], [box, BLOCK], LAYOUT)

@@ -1,0 +1,89 @@
+"""Scores of one block of keys on Hopper: layouts, Q K^T as the columns land, masks, and the tail behind the keys."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF
+from portable_mla.backends.nvidia.sm90_sync_kernels import opaque, synchronize
+
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+SCORES_ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
+ACC_ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
+SCORES_KEY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+QUERY_OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
+WEIGHTS_OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
+
+
+@gluon.jit
+def _zero_tail(half, valid):
+    """Zero the rows from `valid` on: slots past the end may hold NaN, and 0 times NaN is NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+    for tile in gl.static_range(HALF // BLOCK):
+        part = half.index(0).slice(tile * BLOCK, BLOCK, 1)
+        value = part.load(layout)
+        part.store(gl.where((row < valid)[:, None], value, gl.zeros_like(value)))
+
+
+@gluon.jit
+def zero_tails(even, odd, even_full, odd_full, phase, valid):
+    """Zero what lies behind the item's keys in a half of both blocks, once it has landed."""
+    for tile in gl.static_range(HALF // BLOCK):
+        mbarrier.wait(even_full[tile], phase)
+        mbarrier.wait(odd_full[tile], phase)
+    _zero_tail(even, valid)
+    _zero_tail(odd, valid - BLOCK)
+    fence_async_shared()
+    synchronize()
+
+
+@gluon.jit
+def mask(scores, position, item, first_row, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """-inf where a row's query token does not see the key."""
+    key = position + gl.arange(0, BLOCK, SCORES_KEY)
+    if BLOCK_Q == 1:
+        end = item.kv_end + gl.zeros([BLOCK], gl.int32, SCORES_ROW)
+    else:
+        token = (first_row + gl.arange(0, BLOCK, SCORES_ROW)) // HEADS
+        end = gl.minimum(item.kv_len - item.query_len + 1 + token, item.kv_end)
+    return gl.where(key[None, :] < end[:, None], scores, gl.full_like(scores, float("-inf")))
+
+
+@gluon.jit
+def score_half(query, keys, full, phase, scores, FIRST: gl.constexpr):
+    """Adds Q K^T over 256 columns, each 64 of them as soon as they have landed. Left in flight."""
+    for tile in gl.static_range(HALF // BLOCK):
+        mbarrier.wait(full[tile], phase)
+        columns = keys.slice(tile * BLOCK, BLOCK, 1).permute((1, 0))
+        scores = warpgroup_mma(
+            query.slice(tile * BLOCK, BLOCK, 1), columns, scores, use_acc=not (FIRST and tile == 0), is_async=True
+        )
+    return scores
+
+
+@gluon.jit
+def score_rope(q_rope, block, phase, scores, ROPE: gl.constexpr):
+    """Adds the rope columns' share, if there are any. Left in flight."""
+    if ROPE:
+        mbarrier.wait(block.rope_full, phase)
+        scores = warpgroup_mma(q_rope, block.rope.index(opaque(0)).permute((1, 0)), scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def wait_query(room, query_phase, ROPE: gl.constexpr):
+    """Wait for Q; its rope part is kept in registers from here on, for weights1 is needed."""
+    q_rope = room.weights1.index(opaque(0))
+    if ROPE:
+        mbarrier.wait(room.query_rope_full, query_phase)
+        q_rope = room.weights1.index(opaque(0)).load(QUERY_OPERAND)
+    mbarrier.wait(room.query_full, query_phase)
+    return q_rope
+
+
+@gluon.jit
+def rescale(acc, factor):
+    """Multiply each row."""
+    return acc * gl.convert_layout(factor, ACC_ROW)[:, None]

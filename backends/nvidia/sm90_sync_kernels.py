@@ -1,0 +1,111 @@
+"""What the sm90 decode kernel needs beside Gluon's own operations: named barriers, dependent launch, opaque values.
+
+Triton's mbarrier.arrive costs up to two bar.sync, because its barrier pass takes it for an access to all of shared
+memory. Between warps of one program named barriers cost one instruction, so mbarriers serve the TMA alone.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language import core
+
+# Named barriers. Triton uses 0, 1 and 2 + the partition's index.
+WEIGHTS_0 = gl.constexpr(7)  # weights and maximum of the even block are in shared memory
+WEIGHTS_1 = gl.constexpr(8)  # the same of the odd block
+FREE_LEFT_0 = gl.constexpr(9)  # columns 0..255 of the even block may be overwritten
+FREE_LEFT_1 = gl.constexpr(10)
+FREE_RIGHT_0 = gl.constexpr(11)
+FREE_RIGHT_1 = gl.constexpr(12)
+FREE_QUERY = gl.constexpr(13)
+
+PAIR_THREADS = gl.constexpr(256)  # both compute warpgroups
+RELEASE_THREADS = gl.constexpr(160)  # one compute warpgroup and a loader warp
+QUERY_THREADS = gl.constexpr(288)  # both compute warpgroups and a loader warp
+
+# Renamed after Triton 3.6.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+def _statement(text, _semantic):
+    core.inline_asm_elementwise(
+        f"{text}; // $0", "=r", [], dtype=core.int32, is_pure=False, pack=1, _semantic=_semantic
+    )
+
+
+def _number(value):
+    return int(getattr(value, "value", value))
+
+
+@core.extern
+def arrive(barrier, threads, _semantic=None):
+    """Arrive at a named barrier without waiting; orders the shared memory accesses before it."""
+    _statement(f"bar.arrive {_number(barrier)}, {_number(threads)}", _semantic)
+
+
+@core.extern
+def meet(barrier, threads, _semantic=None):
+    """Wait at a named barrier until `threads` threads have arrived, these included."""
+    _statement(f"bar.sync {_number(barrier)}, {_number(threads)}", _semantic)
+
+
+@core.extern
+def launch_dependents(_semantic=None):
+    """Let a kernel launched as dependent begin; its own wait holds it back until this grid has ended."""
+    _statement("griddepcontrol.launch_dependents", _semantic)
+
+
+@core.extern
+def prefetch_bytes(pointer, count, _semantic=None):
+    """Ask for `count` bytes, a multiple of 16, to be brought into L2."""
+    core.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // $0", "=r,l,r", [pointer, _semantic.to_tensor(count)],
+        dtype=core.int32, is_pure=False, pack=1, _semantic=_semantic,
+    )  # fmt: skip
+
+
+@core.extern
+def prefetch_line(pointer, _semantic=None):
+    """Ask for the cache line of a pointer to be brought into L2."""
+    core.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [pointer], dtype=core.int32, is_pure=False, pack=1,
+        _semantic=_semantic,
+    )  # fmt: skip
+
+
+@core.extern
+def multiply(left, right, _semantic=None):
+    """The rounded product, never fused with a subtraction: equal logits must weigh the same however large they are."""
+    return core.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [left, _semantic.to_tensor(right)], dtype=core.float32, is_pure=True,
+        pack=1, _semantic=_semantic,
+    )  # fmt: skip
+
+
+@core.extern
+def publish_barriers(_semantic=None):
+    """Make initialised mbarriers visible to the TMA."""
+    _statement("fence.mbarrier_init.release.cluster", _semantic)
+
+
+@core.extern
+def opaque(value, _semantic=None):
+    """The value, hidden from code motion: addresses made from it are computed anew instead of spilled."""
+    return core.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [_semantic.to_tensor(value)], dtype=core.int32, is_pure=False, pack=1,
+        _semantic=_semantic,
+    )  # fmt: skip
+
+
+@gluon.jit
+def new_barrier():
+    """An mbarrier of its own allocation: views of one array would alias, and each access would cost a bar.sync."""
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, count=1)
+    return barrier
+
+
+@gluon.jit
+def new_barriers():
+    """One mbarrier for each 64 columns of half a block."""
+    return (new_barrier(), new_barrier(), new_barrier(), new_barrier())

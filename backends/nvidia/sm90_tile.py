@@ -1,0 +1,35 @@
+"""Sm90Tile: what may differ between launches of the Gluon kernel for Hopper.
+
+Comments: microseconds of an H100 80GB HBM3, bf16, page 64, at (batch, heads, context), Triton 3.6.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sm90Tile:
+    """The options of one launch."""
+
+    min_tiles: int = 2  # 128-key tiles of the shortest part
+    prefetch: bool = False  # ask L2 for the next pair of blocks
+    registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
+    loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
+    dependent: bool = True  # the combine starts while the last programs decode
+
+
+def sm90_tile(rows: int) -> Sm90Tile:
+    """The options for `rows` query rows (heads * query tokens) of a unit of the plan."""
+    if rows <= 64:
+        # Partial results are small: (1, 16, 8192) 14.2 with parts of one tile, 16.4 with two. Prefetching was predicted
+        # to keep more bytes in flight, and lost 7 % at (128, 16, 4096): 246, without 229
+        return Sm90Tile(min_tiles=1)
+    if rows <= 128:
+        # (1, 128, 8192) 19.7, with parts of one tile 24.5. Both programs that share a part wait for the same memory,
+        # and L2 can have it: (128, 128, 4096) 269, without prefetching 286; 319 where it asked with evict_first, since
+        # such lines evict one another before they are read
+        return Sm90Tile(prefetch=True)
+    # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, with
+    # prefetching 472
+    return Sm90Tile()

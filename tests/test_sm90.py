@@ -1,0 +1,198 @@
+"""Hopper's Gluon kernel without a Hopper: what it refuses and why, its plan, and what its compiled variants use."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from portable_mla import explain
+from portable_mla.cache_format import CacheFormat
+from portable_mla.device import ARCHS
+from portable_mla.dispatch import load
+from portable_mla.launch import KernelLaunch
+from portable_mla.metadata import DecodeMetadata, Status
+from portable_mla.shape import Capacity, MLAShape, Phase, Request
+from tests.cases import Case, build
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+from portable_mla.backends.nvidia import sm90
+from portable_mla.backends.triton.runner import TritonRunner
+from portable_mla.backends.triton.tile import Tile
+
+ROOT = Path(__file__).parent.parent
+SHAPE = MLAShape(128, 512, 64, 64, torch.bfloat16, CacheFormat.bf16)
+CAPACITY = Capacity(
+    max_batch=64, max_query_tokens=64, max_query_len=1, max_context=4096, max_pages=1 << 16, cache_bytes=1 << 30
+)
+REQUEST = Request(ARCHS["sm90"], SHAPE, Phase.decode, 1, True, False, CAPACITY)
+
+
+def test_it_is_chosen_on_its_architecture() -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    assert explain(REQUEST).chosen == "gluon"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (replace(REQUEST, shape=replace(SHAPE, page_size=1)), "page_size"),
+        (replace(REQUEST, shape=replace(SHAPE, page_size=48)), "page_size"),
+        (replace(REQUEST, shape=replace(SHAPE, latent_dim=256)), "latent+rope"),
+        (replace(REQUEST, shape=replace(SHAPE, heads=129)), "heads"),
+        (replace(REQUEST, shape=replace(SHAPE, q_dtype=torch.float16)), "queries"),
+        (replace(REQUEST, max_query_len=9), "query tokens"),
+        (replace(REQUEST, deterministic=True), "deterministic"),
+    ],
+)
+def test_it_refuses_by_name_what_it_is_not_built_for(changed: Request, reason: str) -> None:
+    assert any(reason in line for line in explain(changed, "gluon").candidates[0].reasons)
+
+
+def test_a_triton_without_a_name_is_refused_and_the_name_is_said() -> None:
+    def find(module: str) -> Any:
+        if module.endswith("hopper.tma"):
+            return object()
+        if module.endswith("hopper.mbarrier"):
+            raise ImportError(module)
+        return importlib.import_module(module)
+
+    missing = sm90.missing_names(find)
+    assert [name.rsplit(".", 1)[1] for name in missing] == ["expect", "async_load"]
+
+
+def test_a_cache_is_seen_as_rows_where_its_strides_allow_it() -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    from portable_mla.backends.nvidia.sm90_runner import page_rows
+
+    dense = torch.empty(5, 64, 576, dtype=torch.bfloat16)
+    assert page_rows(dense) == 64
+    assert page_rows(torch.empty(5, 2, 64, 584, dtype=torch.bfloat16)[:, 1, :, 8:]) == 128
+    assert page_rows(dense.as_strided((3, 64, 576), (64 * 576 + 16, 576, 1))) == 0, "pages that are no whole rows apart"
+    assert page_rows(dense.as_strided((3, 64, 576), (64 * 577, 577, 1))) == 0, "rows that start at odd addresses"
+    assert page_rows(dense.flatten()[1:].as_strided((3, 64, 576), (64 * 576, 576, 1))) == 0, (
+        "a cache that starts at one"
+    )
+    assert page_rows(dense[:1]) == 64
+
+
+def ragged(request: Request, heads: int, max_query_len: int) -> Request:
+    """The request with ragged queries."""
+    shape = replace(request.shape, heads=heads)
+    return replace(request, shape=shape, max_query_len=max_query_len, uniform_queries=False)
+
+
+@pytest.mark.parametrize(("heads", "block_q"), [(1, 8), (8, 8), (16, 4), (20, 3), (64, 1), (80, 1), (128, 1)])
+def test_a_unit_of_a_ragged_batch_fills_the_row_tiles_that_one_token_needs(heads: int, block_q: int) -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    request = ragged(REQUEST, heads, 8)
+    backend = load("gluon", "nvidia")
+    shape = backend.needs(request).split_plan
+    assert shape is not None
+    assert (shape.block_q, shape.block_n) == (block_q, 128)
+    assert shape.parts == 132 // -(-heads * block_q // 64)
+    assert -(-heads * block_q // 64) == -(-heads // 64), "no more row tiles than one token's heads need"
+    whole = backend.needs(replace(request, uniform_queries=True)).split_plan
+    assert whole is not None
+    assert whole.block_q == 8, "a uniform batch reads each row once for all of a request's query tokens"
+
+
+def test_an_odd_cache_gets_a_plan_of_its_own_on_first_need_and_each_step_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    from portable_mla.backends.nvidia import sm90_portable
+    from portable_mla.metadata.split_plan import SplitPlan
+
+    planned: list[int] = []
+    monkeypatch.setattr(
+        SplitPlan, "update", lambda self, batch, status, page_size, max_pages: planned.append(max_pages)
+    )
+    monkeypatch.setattr(TritonRunner, "run", lambda *_, **__: None)
+    path = sm90_portable.PortablePath(REQUEST, Tile(64, 64, 8, 2))
+    problem = build(Case((70, 5), heads=128, page_size=64))
+    metadata = DecodeMetadata(problem.batch, Status.allocate(torch.device("cpu")))
+    out, lse = problem.q[..., :512], torch.zeros(problem.q.shape[:2])
+    path.plan(metadata)
+    assert (planned, path.memory()) == ([], {})
+    for _ in range(2):
+        path.run(metadata, problem.inputs, out, lse, 1.0)
+    pages = problem.kv_cache.shape[0]
+    assert planned == [pages], "two layers share a plan"
+    path.plan(metadata)
+    path.run(metadata, problem.inputs, out, lse, 1.0)
+    assert planned == [pages, pages]
+    path.run(metadata, problem.with_cache(problem.kv_cache[1:]).inputs, out, lse, 1.0)
+    assert planned == [pages, pages, pages - 1], "page ids must be right for the smallest cache"
+    assert next(iter(path.memory().values())) > 0
+
+
+def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    from portable_mla.backends.nvidia.sm90_runner import Sm90Runner
+    from portable_mla.metadata.split_plan import SplitPlan
+
+    launched: list[tuple[str, dict[str, Any]]] = []
+
+    def launch(self: KernelLaunch, key: object, grid: tuple[int, ...], *arguments: Any) -> None:
+        hash(key)
+        assert set(self._kernel.arg_names[len(arguments) :]) <= set(self._constants)
+        assert len(arguments) + len(self._trailing) == len(self._kernel.arg_names)
+        launched.append((self._kernel.__name__, dict(zip(self._kernel.arg_names, arguments, strict=False))))
+
+    monkeypatch.setattr(KernelLaunch, "__call__", launch)
+    problem = build(Case((70, 5, 9), heads=20, page_size=64, query_lens=(3, 1, 2), max_query_len=3))
+    runner = Sm90Runner(ragged(REQUEST, 20, 3), Tile(64, 64, 8, 2))
+    plan = SplitPlan.allocate(runner.plan_shape, torch.device("cpu"))
+    runner.plan(DecodeMetadata(problem.batch, Status.allocate(torch.device("cpu")), plan))
+    memory = runner.memory()
+    out, lse = torch.empty_like(problem.q[..., :512]), torch.zeros(problem.q.shape[:2])
+    runner.run(problem.inputs, out, lse, softmax_scale=0.1)
+    (decode, given), (combine, _) = launched
+    assert (decode, combine) == ("sm90_decode_kernel", "combine_kernel")
+    assert (given["tokens"], given["page_rows"], given["max_rows"]) == (6, 64, 60)
+    assert (given["stride_slot"], given["stride_out_token"], given["stride_lse_token"]) == (576, 20 * 512, 20)
+    assert (given["q_desc"].shape, given["q_desc"].block_shape) == ([120, 576], [64, 64])
+    assert given["kv_desc"].shape == [problem.kv_cache.shape[0] * 64, 576]
+    assert given["status_ptr"].dtype == given["table_header_ptr"].dtype == torch.int64
+    assert runner.memory() == memory
+    wide = torch.zeros(6, 22, 576, dtype=problem.q.dtype)
+    wide[:, 1:-1] = problem.q
+    runner.run(problem.with_q(wide[:, 1:-1]).inputs, out, lse, softmax_scale=0.1)
+    copied = launched[2][1]["q_desc"].base
+    assert torch.equal(copied, problem.q), "queries that are no rows of one matrix are copied"
+    assert runner.memory()["query copy"] == 64 * 20 * 576 * 2
+
+
+def test_no_variant_spills_beyond_its_budget_and_no_wgmma_waits_for_another() -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    code = """
+from ci import compile_gate, cross_compile
+budgets = compile_gate.read_budgets().get(compile_gate.version(), {}).get("sm90", {})
+for name, request in list(compile_gate.gluon_requests("sm90").items())[1:5:3]:
+    compiled = cross_compile.compile_gluon(request)
+    used = cross_compile.Resources.of(compiled)
+    assert cross_compile.serialised_wgmma(compiled) == [], cross_compile.serialised_wgmma(compiled)
+    assert used.matrix["HGMMA"] >= 120, used
+    if compile_gate.version() == "3.6":  # what the kernel was tuned on
+        assert used.spills == 0 and used.loop_spills == 0, used
+    elif budgets:
+        assert compile_gate.violations("sm90", {name: used}, budgets) == []
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
