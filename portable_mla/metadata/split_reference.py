@@ -118,14 +118,14 @@ def _balanced(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
 def _share(tiles: list[int], shape: PlanShape) -> tuple[int, int]:
     """Cost of one part, and what starting a unit costs."""
     lengths = [count for count in tiles if count]
-    overhead = OVERHEAD_TILES if len(lengths) * 2 > shape.parts else 0
+    same = len(set(lengths)) <= 1
+    overhead = 0 if same and len(lengths) * 2 <= shape.parts else OVERHEAD_TILES
     share = max(-(-(sum(lengths) + overhead * len(lengths)) // shape.parts), 1)
     if share < shape.min_tiles + overhead:
         overhead, share = 0, max(-(-sum(lengths) // shape.parts), shape.min_tiles)
     cost = max(lengths, default=0) + overhead
     even = -(-cost // max(cost // share, 1)) if share < cost else -(-share // max(cost, 1)) * cost
-    alike = len(set(lengths)) == 1 and even * 16 <= share * 17
-    return (even if alike else share), overhead
+    return (even if lengths and same and even * 16 <= share * 17 else share), overhead
 
 
 def _fixed(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
