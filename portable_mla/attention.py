@@ -90,7 +90,7 @@ class MLAAttention:
     def check(self) -> None:
         """Wait for the device and raise what it met since the last check: an IndexError naming the request, the value
         and what is allowed, for page ids outside the cache, lengths over the capacity, more query tokens than
-        max_query_len or than q has. Rows of such requests are NaN. Not for captures."""
+        max_query_len or than q has. Rows that need them are NaN. Not for captures."""
         capacity = self.request.capacity
         context, tokens = capacity.max_context, capacity.max_query_tokens
         if self._batch is not None:

@@ -55,10 +55,8 @@ class PortablePath:
         """Bytes of its plan and partial results, once there."""
         if self._runner is None or self._plan is None:
             return {}
-        plan = self._plan
-        tensors = (plan.table_header, plan.part_indptr, plan.items, plan.token_slots, plan.summary)
         partials = sum(self._runner.memory().values())
-        return {"portable kernels for odd caches": partials + sum(tensor.nbytes for tensor in tensors)}
+        return {"portable kernels for odd caches": partials + sum(tensor.nbytes for tensor in self._plan.buffers)}
 
     def _update(self, metadata: DecodeMetadata) -> None:
         if self._runner is None or self._plan is None:

@@ -15,7 +15,7 @@ from portable_mla.backend import DecodeInputs
 from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
 from portable_mla.backends.nvidia.sm90_portable import PortablePath
 from portable_mla.backends.nvidia.sm90_tile import Sm90Tile, sm90_tile
-from portable_mla.backends.triton.combine import Combine, partial_sizes
+from portable_mla.backends.triton.combine import Combine, allocate_partials, partial_bytes, partial_sizes
 from portable_mla.backends.triton.runner import plan_shape
 from portable_mla.backends.triton.tile import Tile, row_tiles
 from portable_mla.launch import KernelLaunch, alignment
@@ -67,15 +67,13 @@ class Sm90Runner:
     def plan(self, metadata: DecodeMetadata) -> None:
         """The plan is the metadata's; the first one also allocates the partial results."""
         if self._partials is None:
-            device = metadata.batch.device
-            out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in self._partial_sizes)
-            self._partials = out, stats
+            self._partials = allocate_partials(self._partial_sizes, metadata.batch.device)
         self._metadata = metadata
         self._portable.plan(metadata)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the partial results, and of what odd queries or caches have needed so far."""
-        memory = {"split partials": sum(4 * slots * rows * width for slots, rows, width in self._partial_sizes)}
+        memory = {"split partials": partial_bytes(self._partial_sizes)}
         if self._dense_q is not None:
             memory["query copy"] = self._dense_q.nbytes
         return memory | self._portable.memory()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from portable_mla.backends.triton.combine_kernels import combine_kernel
@@ -24,6 +25,17 @@ def partial_sizes(request: Request, plan_shape: PlanShape) -> PartialSizes:
     """Partial results [slots, rows, latent], and their maximum and sum [slots, rows, 2], both float32."""
     slots, rows = plan_shape.max_slots, request.shape.heads * plan_shape.block_q
     return (slots, rows, request.shape.latent_dim), (slots, rows, 2)
+
+
+def allocate_partials(sizes: PartialSizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Partial results, and their maximum and sum."""
+    out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+    return out, stats
+
+
+def partial_bytes(sizes: PartialSizes) -> int:
+    """Bytes that `allocate_partials` takes."""
+    return sum(4 * slots * rows * width for slots, rows, width in sizes)
 
 
 class Combine:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.triton.combine import Combine, partial_sizes
+from portable_mla.backends.triton.combine import Combine, allocate_partials, partial_bytes, partial_sizes
 from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.tile import Tile, amd_options, count_parts, query_block, row_tiles
 from portable_mla.launch import KernelLaunch, alignment
@@ -65,15 +64,13 @@ class TritonRunner:
     def plan(self, metadata: DecodeMetadata) -> None:
         """The plan is the metadata's; the first one also allocates the partial results and chooses the launches."""
         if self._partials is None:
-            device = metadata.batch.device
-            out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in self._partial_sizes)
-            self._partials = out, stats
+            self._partials = allocate_partials(self._partial_sizes, metadata.batch.device)
             self._launches = self._bind_launches(metadata.debug)
         self._metadata = metadata
 
     def memory(self) -> dict[str, int]:
         """Bytes of the partial results: rows that are split, in float32."""
-        return {"split partials": sum(4 * slots * rows * width for slots, rows, width in self._partial_sizes)}
+        return {"split partials": partial_bytes(self._partial_sizes)}
 
     def run(
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None

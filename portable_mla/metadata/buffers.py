@@ -47,7 +47,8 @@ class DecodeBuffers:
 
     @property
     def positions(self) -> Tensor:
-        """As `DecodeMetadata.positions`."""
+        """[max_query_tokens] int32, any stride: RoPE position of each query token, the batch's own where it has them,
+        else kv_len - query_len + i; 0 for padding."""
         if self._plan is not None:
             return self._plan.positions
         assert self._ragged is not None, "needs no positions"
@@ -67,8 +68,7 @@ class DecodeBuffers:
         """Every buffer, by the part it belongs to."""
         parts: dict[str, tuple[Tensor, ...]] = {}
         if self._plan is not None:
-            plan = self._plan
-            parts["split plan"] = (plan.table_header, plan.part_indptr, plan.items, plan.token_slots, plan.summary)
+            parts["split plan"] = self._plan.buffers
         if self._ragged is not None:
             ragged = self._ragged
             parts["query rows"] = (ragged.query_indptr, ragged.positions)

@@ -6,21 +6,16 @@ A unit is a block of at most BLOCK_Q query tokens of one request; it has the KV 
 import triton
 import triton.language as tl
 
+from portable_mla.metadata.lens_kernels import load_lens
+
 
 @triton.jit
 def load_units(lens, unit, BLOCK_Q: tl.constexpr, QUERY_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """KV tiles of each unit, what its last token sees, its query tokens, and whether its request's lengths are right.
-
-    lens: kv_lens_ptr, query_lens_ptr or None, requests, longest kv_len and query_len allowed, most tokens counted.
-    """
+    """KV tiles of each unit, what its last token sees, its tokens, and whether its request's lengths are right."""
     request = unit // QUERY_BLOCKS
     block = unit % QUERY_BLOCKS
     exists = (unit >= 0) & (request < lens[2])
-    kv_len = tl.load(lens[0] + request, mask=exists, other=0)
-    if lens[1] is None:  # noqa: SIM108 (the compiler takes one branch)
-        query_len = tl.where(exists, lens[4], 0)
-    else:
-        query_len = tl.load(lens[1] + request, mask=exists, other=0)
+    kv_len, query_len = load_lens(lens, request, exists)
     right = (kv_len >= 0) & (kv_len <= lens[3]) & (query_len >= 0) & (query_len <= lens[4])
     rest = tl.minimum(tl.maximum(query_len, 0), lens[5]) - block * BLOCK_Q
     tokens = tl.where(exists, tl.maximum(rest, 0), 0)

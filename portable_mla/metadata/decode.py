@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from portable_mla.metadata.batch import PagedBatch
 from portable_mla.metadata.ragged import RaggedForms
 from portable_mla.metadata.status import Status
@@ -39,11 +37,3 @@ class DecodeMetadata:
     split_plan: SplitPlan | None = None
     ragged: RaggedForms | None = None
     debug: bool = False  # kernels that read it assert on the device
-
-    @property
-    def positions(self) -> Tensor | None:
-        """[max_query_tokens] int32, any stride: RoPE position of each query token, the batch's own where it has them,
-        else kv_len - query_len + i; 0 for padding. Kernels read it in place. None where no form holds it."""
-        if self.split_plan is not None:
-            return self.split_plan.positions
-        return None if self.ragged is None else self.ragged.positions

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.metadata.batch import PagedBatch
-from portable_mla.metadata.status import Fault, Status
+from portable_mla.metadata.status import NO_FAULT, Fault, Status
 
 CELLS_PER_STEP = 1024
 REQUESTS_PER_SCAN = 1024
@@ -177,6 +177,5 @@ def _report(status: Status, fault: Fault, value: Tensor, wrong: Tensor, request:
         return
     request = torch.arange(value.shape[0], device=value.device) if request is None else request
     word = (request << 32) | (value & 0xFFFFFFFF)
-    none = torch.iinfo(torch.int64).max
-    lowest = torch.where(wrong, word, none).amin()
+    lowest = torch.where(wrong, word, NO_FAULT).amin()
     torch.minimum(status.words[fault], lowest, out=status.words[fault])

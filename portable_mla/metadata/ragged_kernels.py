@@ -3,21 +3,15 @@
 import triton
 import triton.language as tl
 
+from portable_mla.metadata.lens_kernels import load_lens
 from portable_mla.metadata.status_kernels import KV_LEN, PAGE_ID, QUERY_LEN, QUERY_TOKENS, report_fault
 
 
 @triton.jit
 def _lens(lens, request):
-    """kv_len as used, 0 where it is wrong; query tokens as counted; both as given.
-
-    lens: kv_lens_ptr, query_lens_ptr or None, requests, longest kv_len and query_len allowed, most tokens counted.
-    """
+    """kv_len as used, 0 where it is wrong; query tokens as counted; both as given."""
     exists = (request >= 0) & (request < lens[2])
-    kv_len = tl.load(lens[0] + request, mask=exists, other=0)
-    if lens[1] is None:  # noqa: SIM108 (the compiler takes one branch)
-        query_len = tl.where(exists, lens[4], 0)
-    else:
-        query_len = tl.load(lens[1] + request, mask=exists, other=0)
+    kv_len, query_len = load_lens(lens, request, exists)
     used = tl.where((kv_len >= 0) & (kv_len <= lens[3]), kv_len, 0)
     return used, tl.minimum(tl.maximum(query_len, 0), lens[5]), kv_len, query_len
 

@@ -120,6 +120,11 @@ class SplitPlan:
         )
 
     @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Every tensor of the plan."""
+        return self.table_header, self.part_indptr, self.items, self.token_slots, self.summary
+
+    @property
     def positions(self) -> Tensor:
         """[max_tokens] int32, strided: where each query token stands in its request; 0 for padding."""
         return self.token_slots[:, 3]

@@ -57,11 +57,6 @@ class Status:
         faults = [describe(Fault(kind), word, limits) for kind, word in enumerate(words) if word != NO_FAULT]
         raise IndexError(f"{'; '.join(faults)}. Rows that need them are NaN")
 
-    def report(self, fault: Fault, request: int, value: int) -> None:
-        """What kernels do, for the host's twins of them."""
-        word = request << 32 | value & 0xFFFFFFFF
-        self.words[fault].clamp_(max=word)
-
 
 def describe(fault: Fault, word: int, limits: Limits) -> str:
     """One fault in words."""

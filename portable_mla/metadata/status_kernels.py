@@ -3,11 +3,13 @@
 import triton
 import triton.language as tl
 
-NO_FAULT = tl.constexpr(2**63 - 1)
-PAGE_ID = tl.constexpr(0)
-KV_LEN = tl.constexpr(1)
-QUERY_LEN = tl.constexpr(2)
-QUERY_TOKENS = tl.constexpr(3)
+from portable_mla.metadata import status
+
+NO_FAULT = tl.constexpr(status.NO_FAULT)
+PAGE_ID = tl.constexpr(int(status.Fault.page_id))
+KV_LEN = tl.constexpr(int(status.Fault.kv_len))
+QUERY_LEN = tl.constexpr(int(status.Fault.query_len))
+QUERY_TOKENS = tl.constexpr(int(status.Fault.query_tokens))
 
 
 @triton.jit
