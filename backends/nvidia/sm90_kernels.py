@@ -61,8 +61,10 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     opaque,
     prefetch_line,
     publish_barriers,
+    wait_for_previous_kernel,
 )
 from portable_mla.backends.triton.decode_kernels import LOG2_E, START_MAX
+from portable_mla.metadata.split_kernels import ITEM_FIELDS
 
 
 @gluon.jit
@@ -268,14 +270,13 @@ def sm90_decode_kernel(
     ROW_TILES: gl.constexpr,
     QUERY_ROWS: gl.constexpr,
     PREFETCH: gl.constexpr,  # ask L2 for the next pair of blocks ahead of its load
+    DEPENDENT: gl.constexpr,  # may be launched before the kernel before it has ended
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups
     LOADER_REGISTERS: gl.constexpr,
 ):
     """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
     pid = gl.program_id(0)
     part = pid // ROW_TILES
-    prefetch_line(part_indptr_ptr + part)
-    prefetch_line(table_header_ptr)
     work = Work(items_ptr, part_indptr_ptr + part, (pid % ROW_TILES) * BLOCK)
     cache = Cache(kv_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
     room = new_room(q_desc.dtype)
@@ -284,6 +285,11 @@ def sm90_decode_kernel(
         stride_out_head, stride_lse_token, stride_lse_head,
     )  # fmt: skip
     publish_barriers()
+    if DEPENDENT:
+        wait_for_previous_kernel()
+    prefetch_line(part_indptr_ptr + part)
+    prefetch_line(table_header_ptr)
+    prefetch_line(items_ptr + part * ITEM_FIELDS)
     scale = softmax_scale * LOG2_E
     # constants stay constants only in tuples that are not named
     gl.warp_specialize(

@@ -32,7 +32,8 @@ _ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=2 * BLOCK, num_warps=4, num_stages=
 def sm90_plan_shape(request: Request) -> PlanShape:
     """The split plan of the Gluon kernel."""
     shape = plan_shape(request, _ROWS_AND_KEYS)
-    return replace(shape, min_tiles=sm90_tile(request.shape.heads * shape.block_q).min_tiles)
+    tile = sm90_tile(request.shape.heads * shape.block_q)
+    return replace(shape, min_tiles=tile.min_tiles, overhead=tile.overhead, level=tile.level)
 
 
 class Sm90Runner:
@@ -110,7 +111,9 @@ class Sm90Runner:
             "HEADS": shape.heads, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
             "BLOCK_Q": self.plan_shape.block_q, "ROW_TILES": row_tiles(self._rows, _ROWS_AND_KEYS),
             "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK), "PREFETCH": tile.prefetch,
+            "DEPENDENT": tile.early,
             "REGISTERS": tile.registers, "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
+            "launch_pdl": tile.early,
         }  # fmt: skip
 
     def _query_rows(self, q: Tensor) -> TensorDescriptor:

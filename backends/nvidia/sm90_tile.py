@@ -13,9 +13,12 @@ class Sm90Tile:
     """The options of one launch."""
 
     min_tiles: int = 2  # 128-key tiles of the shortest part
+    overhead: int = 4  # what starting a unit costs, in such tiles
+    level: int = 1  # sixteenths by which the longest part may grow to cut units of one length alike
     prefetch: bool = False  # ask L2 for the next pair of blocks
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
+    early: bool = True  # a program sets itself up while the kernel before ends
     dependent: bool = True  # the combine starts while the last programs decode
 
 

@@ -94,14 +94,15 @@ class CombineTile:
     block_d: int  # columns
     block_r: int  # heads
     block_s: int  # splits of one step
+    few: int  # splits that are merged in one step of this many instead
     num_warps: int
 
 
 def spread_combine() -> CombineTile:
     """For few rows: columns and splits over many one-warp programs."""
-    return CombineTile(block_d=128, block_r=1, block_s=32, num_warps=1)
+    return CombineTile(block_d=128, block_r=1, block_s=32, few=4, num_warps=1)
 
 
 def grouped_combine(latent_dim: int, wave: int) -> CombineTile:
     """For many rows: several whole heads a program, a warp's lanes along the columns."""
-    return CombineTile(block_d=latent_dim, block_r=8, block_s=2, num_warps=max(latent_dim // (4 * wave), 1))
+    return CombineTile(block_d=latent_dim, block_r=8, block_s=2, few=2, num_warps=max(latent_dim // (4 * wave), 1))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portable_mla.metadata import Limits, PagedBatch, Status
-from portable_mla.metadata.split_plan import OVERHEAD_TILES, PlanShape, SplitPlan
+from portable_mla.metadata.split_plan import PlanShape, SplitPlan
 from portable_mla.metadata.split_reference import Plan, plan_splits_reference
 
 UNWRITTEN = -12345
@@ -171,7 +171,8 @@ def test_no_part_is_longer_than_its_share(parts: int) -> None:
     @given(plan_cases(parts, longest_batch=300))
     def holds(case: PlanCase) -> None:
         plan, tiles = case.defined(), case.tiles.values()
-        fair = max(-(-(sum(tiles) + len(tiles) * OVERHEAD_TILES) // parts), case.shape.min_tiles + OVERHEAD_TILES)
+        overhead = case.shape.overhead
+        fair = max(-(-(sum(tiles) + len(tiles) * overhead) // parts), case.shape.min_tiles + overhead)
         for start, stop in itertools.pairwise(plan.part_indptr):
             assert sum(high - low for _, low, high, *_ in plan.items[start:stop]) <= fair * 17 // 16 + 1
 
