@@ -33,6 +33,7 @@ from portable_mla.backends.nvidia.sm90_room_kernels import (
 )
 from portable_mla.backends.nvidia.sm90_score_kernels import (
     ACC,
+    ACC_ROW,
     SCORES,
     SCORES_ROW,
     WEIGHTS_OPERAND,
@@ -43,7 +44,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     wait_query,
     zero_tails,
 )
-from portable_mla.backends.nvidia.sm90_store_kernels import store_item
+from portable_mla.backends.nvidia.sm90_store_kernels import row_peak, store_item
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -153,10 +154,13 @@ def left_warpgroup(
             room.sum0.store(row_sum)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             arrive(FREE_LEFT_1, RELEASE_THREADS)
+            peak = row_peak(acc)
+            room.peak0.store(peak)
             arrive(WEIGHTS_0, PAIR_THREADS)
             meet(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum1.load(SCORES_ROW)
-        store_item(acc, row_max, row_sum, work, index, results, 0, HEADS)
+            peak = gl.maximum(peak, room.peak1.load(ACC_ROW))
+            store_item(acc, row_max, row_sum, peak, work, index, results, 0, HEADS)
 
 
 @gluon.jit
@@ -235,10 +239,13 @@ def right_warpgroup(
                 position -= 2 * BLOCK
             query_phase ^= 1
             room.sum1.store(row_sum)
+            peak = row_peak(acc)
+            room.peak1.store(peak)
             meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
             arrive(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum0.load(SCORES_ROW)
-        store_item(acc, row_max, row_sum, work, index, results, HALF, HEADS)
+            peak = gl.maximum(peak, room.peak0.load(ACC_ROW))
+            store_item(acc, row_max, row_sum, peak, work, index, results, HALF, HEADS)
 
 
 @gluon.jit(do_not_specialize=["tokens", "page_rows", "max_rows", "stride_lse_token", "stride_lse_head"])

@@ -51,7 +51,7 @@ def meet(barrier, threads, _semantic=None):
 
 @core.extern
 def wait_for_previous_kernel(_semantic=None):
-    """Wait until the kernel before has ended and its writes can be seen; launched as its dependent, this one may not."""
+    """Wait until the kernel before has ended and its writes can be seen: a dependent launch does not by itself."""
     _statement("griddepcontrol.wait", _semantic)
 
 

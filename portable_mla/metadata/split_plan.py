@@ -19,7 +19,6 @@ from portable_mla.metadata.split_kernels import ITEM_FIELDS, TOKEN_FIELDS, plan_
 from portable_mla.metadata.status import Status
 
 OVERHEAD_TILES = 4  # what starting a unit costs, in tiles, where the backend does not say
-LEVEL_SIXTEENTHS = 1
 MIN_PIECE_TILES = 1  # a cut leaves at least this many tiles on both sides; a part has at least twice as many
 PIECES_PER_STEP = 32
 CELLS_PER_STEP = 128
@@ -37,8 +36,7 @@ class PlanShape:
 
     parts: programs along the KV; block_n: tokens of a tile; min_tiles: of a part; block_q: query tokens of a unit;
     fixed: each unit is cut by its own length alone, so that its result has the same bits in any batch; overhead: what
-    starting a unit costs, in tiles; level: by how many sixteenths the longest part may grow where units of one length
-    are cut alike.
+    starting a unit costs, in tiles; merge_cost: what merging a piece of a unit costs, in 256ths of a tile.
     """
 
     parts: int
@@ -51,7 +49,7 @@ class PlanShape:
     min_tiles: int
     fixed: bool = False
     overhead: int = OVERHEAD_TILES
-    level: int = LEVEL_SIXTEENTHS
+    merge_cost: int = 0
 
     @property
     def query_blocks(self) -> int:
@@ -168,7 +166,7 @@ def plan_constants(shape: PlanShape, page_size: int) -> dict[str, int]:
     return {
         "BLOCK_Q": shape.block_q, "BLOCK_T": _power_of_2(shape.block_q), "QUERY_BLOCKS": shape.query_blocks,
         "PAGE_SIZE": page_size, "BLOCK_N": shape.block_n, "OVERHEAD": shape.overhead, "MIN_PIECE": MIN_PIECE_TILES,
-        "LEVEL": shape.level,
+        "MERGE_COST": shape.merge_cost,
         "FIXED_TILES": shape.fixed_tiles, "MAX_PIECES": FIXED_PIECES, "BLOCK_U": shape.units_per_program,
         "BLOCK_P": PIECES_PER_STEP, "BLOCK_C": CELLS_PER_STEP, "SCAN": scan,
         "num_warps": 1 if scan <= ONE_WARP_UNITS else 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -121,11 +122,12 @@ def _share(tiles: list[int], shape: PlanShape) -> tuple[int, int]:
     same = len(set(lengths)) <= 1
     overhead = 0 if same and len(lengths) * 2 <= shape.parts else shape.overhead
     share = max(-(-(sum(lengths) + overhead * len(lengths)) // shape.parts), 1)
-    if share < shape.min_tiles + overhead:
-        overhead, share = 0, max(-(-sum(lengths) // shape.parts), shape.min_tiles)
+    least = max(shape.min_tiles, math.isqrt(max(lengths, default=0) * shape.merge_cost // 256))
+    if share < least + overhead:
+        overhead, share = 0, max(-(-sum(lengths) // shape.parts), least)
     cost = max(lengths, default=0) + overhead
     even = -(-cost // max(cost // share, 1)) if share < cost else -(-share // max(cost, 1)) * cost
-    return (even if lengths and same and even * 16 <= share * (16 + shape.level) else share), overhead
+    return (even if lengths and same and even * 16 <= share * 17 else share), overhead
 
 
 def _fixed(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
