@@ -101,14 +101,15 @@ def compile_gluon(request: Request) -> Any:
     from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, Sm90Runner
 
     shape = request.shape
-    constants = Sm90Runner(request, Tile(64, 64, 8, 2)).decode_constants()
+    runner = Sm90Runner(request, Tile(64, 64, 8, 2))
+    constants = runner.decode_constants()
     dtype, boxes = DTYPES[shape.q_dtype], {"q_desc": constants["QUERY_ROWS"], "kv_desc": min(shape.page_size, BLOCK)}
     types = _default_types(sm90_decode_kernel)
     types |= {name: f"tensordesc<{dtype}[{rows}, {BLOCK}],{LAYOUT!r}>" for name, rows in boxes.items()}
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
-    types["partial_out_ptr"] = "*fp16!" if dtype == "bf16" else "*fp32!"
+    types["partial_out_ptr"] = "*fp16!" if runner.partials.dtype == torch.float16 else "*fp32!"
     types |= dict.fromkeys(("stride_slot", "stride_out_token", "stride_out_head"), "i32!")
     types["softmax_scale"] = "fp32"
     return _compiled(sm90_decode_kernel, request.arch, types, constants, GluonASTSource)
