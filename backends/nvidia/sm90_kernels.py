@@ -22,8 +22,8 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
 - Q before the keys, in halves by both loaders, and the first odd block after it: Q arrived after 17000 cycles, behind
   the first keys of all programs, now after 8500. Predicted 2.3 at (8, 16, 8192), 40.5 -> 40.9; (1, 16, 1024) 11.6 ->
   10.9. Kept for the small batches.
-- Plans in single blocks: predicted 10 % for the Azure trace, 32 requests: 30.7 -> 35.1, odd pieces score an empty block.
-  Dropped.
+- Plans in single blocks: predicted 10 % for the Azure trace, 32 requests: 30.7 -> 35.1, since odd pieces score an empty
+  block. Dropped.
 
 The two warpgroups' shared vectors and weights are ordered by the named barriers and, for weights0, through the loader
 that refills the even block's right half: tests/test_sm90_protocol.py plays it. compute-sanitizer's racecheck does not
