@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.arguments import DecodeArguments, check_device, check_outputs, check_scale
-from portable_mla.backend import DecodeInputs
+from portable_mla.backend import DecodeInputs, decode_runner
 from portable_mla.dispatch import select
 from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
 from portable_mla.settings import Settings
@@ -186,7 +186,7 @@ def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: 
     if batch.device.type == "cpu":
         batch.check_values(request.shape.page_size, kv_cache.shape[0], q.shape[0])
     with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
-        runner, status = chosen.bind(request), Status.allocate(q.device)
+        runner, status = decode_runner(chosen, request), Status.allocate(q.device)
         buffers = DecodeBuffers(request.capacity, request.shape.page_size, chosen.needs(request), status)
         runner.plan(buffers.update(batch, request.capacity.max_pages))
         inputs, scale = DecodeInputs(q, kv_cache), arguments.kv_scale

@@ -51,7 +51,7 @@ def test_no_backend_prints_the_request_and_every_reason() -> None:
     with pytest.raises(NoBackend) as caught:
         select(request("cpu", phase=Phase.prefill))
     message = str(caught.value)
-    assert "prefill on cpu: 16 heads, latent 512 + rope 64, page_size 64" in message
+    assert "prefill on cpu: 16 heads, nope None + rope 64, v None, q bfloat16, query_len <= 1" in message
     assert "cpu: needs phase decode, got prefill" in message
     assert "reference: needs phase decode, got prefill" in message
 
