@@ -18,6 +18,7 @@ from portable_mla.metadata import PagedBatch as PagedBatch
 from portable_mla.models import MODELS as MODELS
 from portable_mla.models import Model as Model
 from portable_mla.ops import mla_decode as mla_decode
+from portable_mla.prefill import mla_prefill as mla_prefill
 from portable_mla.settings import Settings as Settings
 from portable_mla.shape import Capacity as Capacity
 from portable_mla.shape import MLAShape as MLAShape

@@ -258,7 +258,7 @@ class MLAAttention:
         ):
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
-        check_outputs(q, kv_cache, shape.latent_dim, out, lse)
+        check_outputs(out, lse, shape.latent_dim, {"q": q, "kv_cache": kv_cache})
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -91,10 +91,10 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
 
 
 def result_tensors(
-    q: Tensor, latent_dim: int, out: Tensor | None = None, lse: Tensor | None = None
+    q: Tensor, width: int, out: Tensor | None = None, lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The results to write into: those given, else new ones, [tokens, heads, latent] in q's dtype and float32."""
-    out = q.new_empty(*q.shape[:2], latent_dim) if out is None else out
+    """The results to write into: those given, else new ones, [tokens, heads, width] in q's dtype and float32."""
+    out = q.new_empty(*q.shape[:2], width) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if lse is None else lse
     return out, lse
 
@@ -147,7 +147,7 @@ def _decode_out(  # noqa: PLR0913 (the op's schema)
 ) -> None:
     batch = PagedBatch(block_table, kv_lens, query_lens, max_query_len)
     arguments = DecodeArguments(q, kv_cache, batch, latent_dim, softmax_scale, kv_scale)
-    check_outputs(q, kv_cache, latent_dim, out, lse)
+    check_outputs(out, lse, latent_dim, {"q": q, "kv_cache": kv_cache})
     _serve(arguments, out, lse, deterministic, backend)
 
 

@@ -110,6 +110,13 @@ class Request:
             f"batch <= {self.capacity.max_batch}, context <= {self.capacity.max_context}"
         )
 
+    def unstated(self) -> tuple[str, ...]:
+        """What a prefill needs to know of its shape and does not, as reasons of a refusal."""
+        nope_dim, v_dim = self.shape.nope_dim, self.shape.v_dim
+        if self.phase is Phase.decode or None not in (nope_dim, v_dim):
+            return ()
+        return (f"needs a shape's nope_dim and v_dim, got {nope_dim} and {v_dim}",)
+
     def _widths(self) -> str:
         shape, dtype = self.shape, str(self.shape.q_dtype).removeprefix("torch.")
         if self.phase is Phase.prefill:
