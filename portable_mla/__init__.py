@@ -14,6 +14,8 @@ from portable_mla.errors import GraphCaptureError as GraphCaptureError
 from portable_mla.errors import NoBackend as NoBackend
 from portable_mla.errors import PlanMismatch as PlanMismatch
 from portable_mla.errors import UnsupportedDevice as UnsupportedDevice
+from portable_mla.merge import merge_state as merge_state
+from portable_mla.merge import merge_states as merge_states
 from portable_mla.metadata import PagedBatch as PagedBatch
 from portable_mla.models import MODELS as MODELS
 from portable_mla.models import Model as Model
