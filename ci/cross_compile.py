@@ -24,6 +24,8 @@ from portable_mla.backends.triton.prefill_tile import PrefillTile
 from portable_mla.backends.triton.runner import TritonRunner, plan_shape
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.device import Arch
+from portable_mla.merge import merge_constants
+from portable_mla.merge_kernels import merge_kernel
 from portable_mla.metadata.ragged import ragged_constants
 from portable_mla.metadata.ragged_kernels import write_ragged_kernel
 from portable_mla.metadata.split_kernels import plan_splits_kernel
@@ -156,6 +158,13 @@ def compile_prefill(request: Request, tile: PrefillTile, *, causal: bool = True,
         else:
             constants[f"{name}_desc"] = None
     return _compile(prefill_kernel, request.arch, types, constants | {"stride_lse_head": 1})
+
+
+def compile_merge(arch: Arch, width: int) -> Resources:
+    """The kernel that merges results of this width."""
+    constants = merge_constants(width)
+    heads = {"stride_first_lse_head": 1, "stride_rest_lse_head": 1, "stride_lse_head": 1}
+    return _compile(merge_kernel, arch, _default_types(merge_kernel), constants | heads)
 
 
 def compile_plan(request: Request, tile: Tile) -> Resources:

@@ -7,6 +7,12 @@ from portable_mla.backends.triton.decode_kernels import LN_2, LOG2_E, START_MAX,
 
 
 @triton.jit
+def _load_offset(cu_ptr, index, valid, most):
+    """An offset, forced into [0, most]: whatever it says, no row outside is touched, and no difference overflows."""
+    return tl.minimum(tl.maximum(tl.load(cu_ptr + index, mask=valid, other=0), 0), most)
+
+
+@triton.jit
 def _find_block(cu_q_ptr, program, sequences, tokens, BLOCK_M: tl.constexpr, SEARCH: tl.constexpr):
     """Sequence and block of query tokens of one program; `sequences` for those past the last query token.
 
@@ -17,9 +23,8 @@ def _find_block(cu_q_ptr, program, sequences, tokens, BLOCK_M: tl.constexpr, SEA
     counted = 0
     for first in range(0, sequences, SEARCH):
         index = first + tl.arange(0, SEARCH)
-        start = tl.load(cu_q_ptr + index, mask=index < sequences, other=0)
-        end = tl.load(cu_q_ptr + index + 1, mask=index < sequences, other=0)
-        length = tl.minimum(end, tokens) - tl.maximum(start, 0)
+        start = _load_offset(cu_q_ptr, index, index < sequences, tokens)
+        length = _load_offset(cu_q_ptr, index + 1, index < sequences, tokens) - start
         blocks = (tl.maximum(length, 0) + BLOCK_M - 1) // BLOCK_M
         passed = (counted + tl.cumsum(blocks, 0) <= program) & (index < sequences)
         sequence += tl.sum(passed.to(tl.int32), 0)
@@ -30,11 +35,10 @@ def _find_block(cu_q_ptr, program, sequences, tokens, BLOCK_M: tl.constexpr, SEA
 
 @triton.jit
 def _span(cu_ptr, sequence, sequences, most):
-    """First row and rows of one sequence, within [0, most) whatever the offsets say; of padding, what is left."""
-    start = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), most)
-    end = tl.load(cu_ptr + sequence + 1, mask=sequence < sequences, other=0)
-    end = tl.where(sequence < sequences, tl.minimum(end, most), most)
-    return start, tl.maximum(end - start, 0)
+    """First row and rows of one sequence; of padding, what is left."""
+    start = _load_offset(cu_ptr, sequence, True, most)
+    end = _load_offset(cu_ptr, sequence + 1, sequence < sequences, most)
+    return start, tl.maximum(tl.where(sequence < sequences, end, most) - start, 0)
 
 
 @triton.jit
