@@ -3,6 +3,8 @@
 from portable_mla.attention import MLAAttention as MLAAttention
 from portable_mla.cache import PagedLatentCache as PagedLatentCache
 from portable_mla.cache_format import CacheFormat as CacheFormat
+from portable_mla.chunked_prefill import mla_chunked_prefill as mla_chunked_prefill
+from portable_mla.context import CachedContext as CachedContext
 from portable_mla.device import Arch as Arch
 from portable_mla.device import arch_named as arch_named
 from portable_mla.device import arch_of as arch_of
