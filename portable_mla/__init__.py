@@ -18,7 +18,9 @@ from portable_mla.errors import PlanMismatch as PlanMismatch
 from portable_mla.errors import UnsupportedDevice as UnsupportedDevice
 from portable_mla.merge import merge_state as merge_state
 from portable_mla.merge import merge_states as merge_states
+from portable_mla.metadata import MixedSplit as MixedSplit
 from portable_mla.metadata import PagedBatch as PagedBatch
+from portable_mla.mixed import MixedAttention as MixedAttention
 from portable_mla.models import MODELS as MODELS
 from portable_mla.models import Model as Model
 from portable_mla.ops import mla_decode as mla_decode

@@ -76,6 +76,11 @@ class MLAAttention:
         return self.explanation.chosen
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    @property
     def positions(self) -> Tensor:
         """[max_query_tokens] int32, any stride: RoPE position of each query token of the latest plan, the batch's own
         where it gave them, else kv_len - query_len + i; 0 for padding. Its address never changes: kernels, captured

@@ -27,8 +27,8 @@ LAYERS = (
     ("merge_kernels",),
     ("ops", "merge"),
     ("prefill", "context"),
-    ("chunked_prefill",),
-    ("attention",),
+    ("chunked_prefill", "attention"),
+    ("mixed",),
     ("__init__",),
     ("cli",),
 )
