@@ -16,7 +16,11 @@ from portable_mla.metadata import Needs
 from portable_mla.shape import Phase, Request
 
 GEOMETRIES = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # latent, rope: those the compile gate covers
-MAX_HEADS, MAX_QUERY_LEN = 128, 8
+MAX_HEADS = 128
+# Query tokens that one unit of a split plan may hold; longer queries, an absorbed prefill, are cut into blocks. Where
+# cuts are fixed, each block has room for all its pieces, which would take gigabytes of long queries.
+MAX_QUERY_LEN = 8
+MAX_PLANNED_TOKENS = 1 << 18  # each plan program scans the blocks of all requests
 PREFILL_GEOMETRIES = ((128, 64, 128), (192, 64, 256), (256, 0, 256), (64, 64, 128), (64, 32, 64))  # nope, rope, v
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -47,6 +51,7 @@ class TritonBackend:
         geometry = (shape.latent_dim, shape.rope_dim)
         known = ", ".join(f"{latent}+{rope}" for latent, rope in GEOMETRIES)
         formats = (CacheFormat.bf16, CacheFormat.fp16)
+        planned = request.capacity.max_batch * request.max_query_len
         return (
             (request.arch.name in self.rules, f"needs tile rules, {request.arch.name} has none"),
             (geometry in GEOMETRIES, f"needs latent+rope of {known}, got {geometry[0]}+{geometry[1]}"),
@@ -54,8 +59,13 @@ class TritonBackend:
             (shape.q_dtype in HALF_DTYPES, f"needs bf16 or fp16 queries, got {shape.q_dtype}"),
             (shape.heads <= MAX_HEADS, f"needs at most {MAX_HEADS} heads, got {shape.heads}"),
             (
-                request.max_query_len <= MAX_QUERY_LEN,
-                f"needs at most {MAX_QUERY_LEN} query tokens a request, got {request.max_query_len}",
+                request.max_query_len <= MAX_QUERY_LEN or not request.deterministic,
+                f"needs at most {MAX_QUERY_LEN} query tokens a request where bits must not depend on the batch, "
+                f"got {request.max_query_len}",
+            ),
+            (
+                request.max_query_len <= MAX_QUERY_LEN or planned <= MAX_PLANNED_TOKENS,
+                f"needs max_batch * max_query_len of at most {MAX_PLANNED_TOKENS}, got {planned}",
             ),
         )
 
