@@ -224,6 +224,23 @@ def test_a_captured_prefill_is_right_at_any_lengths_of_as_many_tokens_and_sequen
         prefill_cases.check(later, out, lse)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", [0, 1], ids=["aligned", "unaligned"])
+def test_rows_beyond_2_to_the_31_elements_are_found(step: int) -> None:
+    target = Target("cuda", "triton")
+    problem = build(PrefillCase((3, 66), (4, 66), 2, GEOMETRIES[-1], content="needle", padding=1), "cuda")
+    far = {}
+    for name in ("q", "k_nope", "k_pe", "v"):
+        tensor = getattr(problem.inputs, name)
+        room = torch.empty(len(tensor), 1 << 25, dtype=tensor.dtype, device="cuda")
+        inner = tensor[0].contiguous().stride()
+        far[name] = room.as_strided(tensor.shape, (1 << 25, *inner), room.storage_offset() + step).copy_(tensor)
+    distant = problem.with_inputs(**far)
+    out = torch.empty(70, 1 << 25, dtype=torch.bfloat16, device="cuda")[:, : 2 * 64].unflatten(1, (2, 64))
+    out, lse = call(target, distant, out=out)
+    prefill_cases.check(problem, out, lse)
+
+
 def part_of(problem: PrefillProblem, lows: list[int], highs: list[int], *, causal: bool) -> PrefillProblem:
     """The problem with the keys [low, high) of each sequence alone."""
     case, inputs = problem.case, problem.inputs

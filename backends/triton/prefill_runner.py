@@ -81,19 +81,21 @@ class TritonPrefill:
     def _descriptors(self, k_nope: Tensor, k_pe: Tensor, v: Tensor) -> Descriptors:
         """Descriptors of both parts of the nope keys, of the rope keys and the values, made anew for each call.
 
-        None where the tile gathers, or where an address or a stride is not a multiple of 16 bytes.
+        None where the tile gathers, or where an address or a stride is none that the hardware takes.
         """
-        keys = (k_nope, k_pe, v)
-        aligned = all(
-            t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1]) for t in keys
-        )
-        if self._tile.loads != "descriptor" or not aligned or not len(v):
+        if self._tile.loads != "descriptor" or not len(v) or not all(map(_described_by_hardware, (k_nope, k_pe, v))):
             return (None,) * 4
         rows = self._tile.block_n
         return (
             _described(k_nope, [rows, 1, self._nope]), _described(k_nope, [rows, 1, self._rest]),
             _described(k_pe, [rows, self._rope]), _described(v, [rows, 1, self._v_dim]),
         )  # fmt: skip
+
+
+def _described_by_hardware(tensor: Tensor) -> bool:
+    """Whether address and outer strides are multiples of 16 bytes, and no row is read for another."""
+    strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    return tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
 
 
 def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor | None:
