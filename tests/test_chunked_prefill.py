@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from portable_mla import CachedContext, mla_chunked_prefill
 from portable_mla.chunked_prefill import token_bytes
+from portable_mla.context import Window
 from tests import prefill_cases
 from tests.prefill_cases import PrefillCase, PrefillProblem, Result, build, offsets, prefill_targets, spans
 from tests.targets import Target
 from tests.test_contract import same
 
+CPU = Target("cpu", "cpu")
 LATENT, PAGE = 128, 16
 UNREAD_CELL = 2**31 - 1
 
@@ -139,6 +142,23 @@ def test_the_callers_bound_of_all_tokens_changes_no_bit(target: Target) -> None:
     same(run(target, problem, 64), run(target, problem, 64, context=replace(problem.context, max_tokens=144)))
 
 
+def test_without_a_workspace_the_environment_says_how_much_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = chunked(PrefillCase((3, 9), (100, 9000), geometry=prefill_cases.GEOMETRIES[0]), "cpu")
+    windows: list[int] = []
+    cut = CachedContext.windows
+
+    def counted(self: CachedContext, rows: int, *, fixed: bool) -> Iterator[Window]:
+        windows.append(rows)
+        return cut(self, rows, fixed=fixed)
+
+    monkeypatch.setattr(CachedContext, "windows", counted)
+    for megabytes in ("16", "8192"):
+        monkeypatch.setenv("PORTABLE_MLA_PREFILL_WORKSPACE", megabytes)
+        run(CPU, problem)
+    one_token = token_bytes(problem.new.inputs, problem.context)
+    assert windows == [(16 << 20) // one_token // 8 * 8, 2 * 8992]  # a window never has more than the context
+
+
 @pytest.mark.parametrize("bad", [-1, 10**6])
 def test_a_page_that_is_not_there_makes_its_sequence_nan_or_an_error(target: Target, bad: int) -> None:
     problem = chunked(PrefillCase((3, 9, 4), (100, 40, 20)), target.device)
@@ -167,9 +187,6 @@ def test_a_chunked_prefill_reads_no_length_on_the_host() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     same(first, again)
-
-
-CPU = Target("cpu", "cpu")
 
 
 @pytest.mark.parametrize(
