@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.arguments import check_cache_row, check_kv_scale, check_outputs, check_q_dtype, check_tensors
-from portable_mla.backend import DecodeInputs
+from portable_mla.backend import DecodeInputs, decode_runner
 from portable_mla.device import arch_of
 from portable_mla.dispatch import Explanation, explain, select
 from portable_mla.errors import GraphCaptureError, PlanMismatch
@@ -59,7 +59,7 @@ class MLAAttention:
         forced = backend or settings.backend
         self.explanation: Explanation = explain(self.request, forced)
         self._backend = select(self.request, forced)
-        self._runner = self._backend.bind(self.request)
+        self._runner = decode_runner(self._backend, self.request)
         self._status = Status.allocate(self._device)
         self._buffers = self._new_buffers()
         self._most_pages = self._planned_pages = capacity.max_pages  # that page ids may name; those of this plan
@@ -75,6 +75,11 @@ class MLAAttention:
         """Name of the backend that serves."""
         assert self.explanation.chosen is not None
         return self.explanation.chosen
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
 
     @property
     def positions(self) -> Tensor:
@@ -265,7 +270,7 @@ class MLAAttention:
         ):
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
-        check_outputs(q, kv_cache, shape.latent_dim, out, lse)
+        check_outputs(out, lse, shape.latent_dim, {"q": q, "kv_cache": kv_cache})
 
 
 def _indexed(device: torch.device) -> torch.device:
