@@ -68,7 +68,7 @@ class AiterRunner:
         if not cache.is_contiguous():
             raise NoBackend(f"{NAME}: needs a dense kv_cache, got strides {cache.stride()}; triton takes any")
         self._step.ready(True, out, lse)
-        if self._step.fit(q, cache) and self._persistent:
+        if self._step.fit(q) and self._persistent:
             self._plan_work(self._metadata)
         tokens, ragged = q.shape[0], self._metadata.ragged
         batch = tokens // self._request.max_query_len

@@ -150,7 +150,7 @@ class FlashAttn3Runner:
         cache, q = wide_cache(name, inputs.kv_cache), wide_rows(inputs.q)
         in_place = self._in_place and wide(out)
         self._step.ready(not in_place, out, lse)
-        if self._step.fit(q, cache):
+        if self._step.fit(q):
             self._plan()
         if self._batch == 0:
             out.zero_()

@@ -77,7 +77,7 @@ class WrapperRunner:
         latent_dim = self._shape.latent_dim
         cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
         self._step.ready(False, out, lse)
-        if self._step.fit(q, cache) or self._stale or softmax_scale != self._scale:
+        if self._step.fit(q) or self._stale or softmax_scale != self._scale:
             self._plan(softmax_scale)
         theirs = self._lse[: q.shape[0]]
         queries, keys = (q[..., :latent_dim], q[..., latent_dim:]), (cache[..., :latent_dim], cache[..., latent_dim:])
@@ -161,7 +161,7 @@ class TableRunner:
         cache, q = wide_cache(NAME, inputs.kv_cache), inputs.q.contiguous()
         in_place = out.is_contiguous()
         self._step.ready(not in_place, out, lse)
-        self._step.fit(q, cache)
+        self._step.fit(q)
         batch, theirs = q.shape[0] // query_len, self._lse[: q.shape[0]]
         own = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
         returned = call(

@@ -18,6 +18,7 @@ from portable_mla.backends.vendor.calls import call, result, wide_cache, wide_ro
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.cache_format import CacheFormat
+from portable_mla.errors import BackendError
 from portable_mla.metadata import DecodeMetadata, Needs
 from portable_mla.packages import Package
 from portable_mla.shape import Phase, Request
@@ -143,7 +144,7 @@ class FlashMLARunner:
         cache, q = wide_cache(name, inputs.kv_cache), wide_rows(inputs.q)
         in_place = self._in_place and out.is_contiguous()
         self._step.ready(not in_place, out, lse)
-        self._stale |= self._step.fit(q, cache)
+        self._stale |= self._step.fit(q)
         batch = q.shape[0] // query_len
         lens, table = self._step.kv_lens[:batch], self._step.table[:batch]
         schedule, splits = self._schedule_of(lens)
@@ -166,7 +167,9 @@ class FlashMLARunner:
             rows = self._query_len * self._shape.heads
             # By position: the three have had other names, never another order.
             arguments = () if self._plans_later else (lens, rows, 1)
-            made: tuple[Any, Any] = call(self._name, functools.partial(self._get_metadata, *arguments))
+            made = call(self._name, functools.partial(self._get_metadata, *arguments))
+            if not isinstance(made, tuple) or len(made) != 2:
+                raise BackendError(f"{self._name}: returned {type(made).__name__} for its schedule, expected a pair")
             if capturing:
                 return made
             self._schedule, self._stale = made, False

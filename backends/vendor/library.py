@@ -80,11 +80,12 @@ def load(library: Library) -> Loaded:
     reasons: list[str] = []
     for path, parameters in library.functions:
         try:
-            function: Any = functools.reduce(getattr, path.split("."), module)  # type: ignore[arg-type]
+            function: Any = functools.reduce(getattr, path.split("."), module)
         except AttributeError:
             reasons.append(f"{library.name}: too old, or too new: {library.module} has no {path}")
             continue
-        if missing := missing_parameters(function, parameters):
+        missing = missing_parameters(function, parameters) if parameters else ()
+        if missing:
             reasons.append(f"{library.name}: too old, or too new: {path} has no parameter {', '.join(missing)}")
         functions[path] = function
     return Loaded(library, functions, tuple(reasons))

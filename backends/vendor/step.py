@@ -37,12 +37,12 @@ class Step:
     """Lengths, row pointers and the page table with nothing out of range: requests past the batch are empty, wrong
     lengths and requests with wrong pages count as 0 keys, and a status word says so. A captured graph follows them.
 
-    One launch a step, and one more where q or the cache has fewer rows or pages than those before.
+    One launch a step, and one more where q of a ragged batch has fewer rows than the capacity.
     """
 
     def __init__(self, request: Request, *, table: bool) -> None:
         self._shape, self._capacity, self._table = request.shape, request.capacity, table
-        self._pages, self._tokens = request.capacity.max_pages, request.capacity.max_query_tokens  # of cache, of q
+        self._tokens = request.capacity.max_query_tokens  # rows of q
         self._uniform = request.uniform_queries
         self._metadata: DecodeMetadata | None = None
         self._buffers: tuple[Tensor, ...] = ()
@@ -85,21 +85,19 @@ class Step:
         self._metadata, self._tokens = metadata, self._capacity.max_query_tokens
         self._update()
 
-    def fit(self, q: Tensor, cache: Tensor) -> bool:
-        """Describe the step anew if q or the cache is smaller than what was reckoned with; whether it was.
+    def fit(self, q: Tensor) -> bool:
+        """Describe the step anew if q has fewer rows than were reckoned with; whether it has.
 
         Raises GraphCaptureError in a capture, which would repeat this step's lengths.
         """
-        pages = min(self._pages, cache.shape[0])
-        tokens = self._tokens if self._uniform else q.shape[0]
-        if (pages, tokens) == (self._pages, self._tokens):
+        if self._uniform or q.shape[0] == self._tokens:
             return False
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise GraphCaptureError(
-                f"a captured call of a ragged batch needs q of max_query_tokens {self._tokens} rows, padded, and a "
-                f"cache of the {self._pages} pages that calls before had; got {q.shape[0]} and {cache.shape[0]}"
+                f"a captured call of a ragged batch needs q of max_query_tokens {self._tokens} rows, padded, "
+                f"got {q.shape[0]}"
             )
-        self._pages, self._tokens = pages, tokens
+        self._tokens = q.shape[0]
         self._update()
         return True
 
@@ -136,14 +134,14 @@ class Step:
             batch.kv_lens, batch.query_lens, batch.block_table, metadata.ragged.query_indptr, table,
             self.kv_lens, self.query_indptr, self.states, metadata.status.words,
             batch.size, capacity.max_batch, self._tokens, capacity.max_query_tokens,
-            min(batch.block_table.shape[1] * page_size, capacity.max_context), batch.max_query_len, self._pages,
+            min(batch.block_table.shape[1] * page_size, capacity.max_context), batch.max_query_len, metadata.max_pages,
             batch.block_table.stride(0), self.width,
         )  # fmt: skip
 
     def _update_with_torch(self, metadata: DecodeMetadata) -> None:
         """The same from torch's own operations."""
         assert metadata.ragged is not None, "asked for in needs()"
-        batch, max_pages, tokens = metadata.batch, self._pages, self._tokens
+        batch, max_pages, tokens = metadata.batch, metadata.max_pages, self._tokens
         size, page_size, indptr = batch.size, self._shape.page_size, metadata.ragged.query_indptr
         lens = batch.kv_lens.long()
         right = (lens >= 0) & (lens <= min(batch.block_table.shape[1] * page_size, self._capacity.max_context))
