@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.errors import Unsatisfiable
 
 from portable_mla import NoBackend, Settings, UnsupportedDevice, arch_of
 from tests.targets import Target, local_targets
@@ -75,11 +76,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A library's refusal, which is made before anything is launched, is a skip that says why."""
     try:
         return (yield)
-    except NoBackend as refusal:
+    except (NoBackend, Unsatisfiable) as refusal:
         callspec = getattr(item, "callspec", None)
         target = None if callspec is None else callspec.params.get("target")
         if isinstance(target, Target) and target.of_a_library:
-            pytest.skip(f"refused: {refusal}")
+            pytest.skip(f"{target} refuses every case: {refusal}")
         raise
 
 

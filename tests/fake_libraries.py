@@ -78,7 +78,7 @@ def flash_mla(
         rows = paged(k_cache[:, :, 0], block_table[request], int(cache_seqlens[request]))
         own, own_lse = reference.attend(q[request].double(), rows.double(), head_dim_v, softmax_scale)
         result[request] = own.to(q.dtype)
-        lse[request] = own_lse.T.masked_fill(-torch.inf == own_lse.T, torch.inf)
+        lse[request] = own_lse.T.masked_fill(own_lse.T.isneginf(), torch.inf)
     return result, lse
 
 

@@ -4,6 +4,7 @@ follow the lengths, and faults of a library are errors that name it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from portable_mla import BackendError, NoBackend, arch_named, select
 from portable_mla.arguments import DecodeArguments
 from portable_mla.backend import Runner
 from portable_mla.metadata import DecodeBuffers, Limits, Status
-from portable_mla.shape import Request
 from tests import acceptance
 from tests import fake_libraries as fakes
 from tests.cases import Case, Problem, build
@@ -72,8 +72,7 @@ class Bound:
         arguments = DecodeArguments(
             problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
         )
-        values = vars(arguments.request(deterministic=False)) | {"arch": arch_named(arch)}
-        self.request = Request(**values)
+        self.request = replace(arguments.request(deterministic=False), arch=arch_named(arch))
         chosen = select(self.request, backend)
         self.runner: Runner = chosen.bind(self.request)
         self.status = Status.allocate(problem.q.device)
@@ -271,11 +270,8 @@ def test_a_cache_of_4_gib_is_refused() -> None:
     from tests.vendor_machine import request
 
     asked = request("gfx942")
-    big = {**vars(asked.capacity), "cache_bytes": 2**32}
-    values = {**vars(asked), "capacity": type(asked.capacity)(**big)}
-    assert BACKEND.reasons_unsupported(Request(**values)) == (
-        f"needs a cache below {2**32} bytes, got {2**32} (ROCm/aiter#4452)",
-    )
+    big = replace(asked, capacity=replace(asked.capacity, cache_bytes=2**32))
+    assert BACKEND.reasons_unsupported(big) == (f"needs a cache below {2**32} bytes, got {2**32} (ROCm/aiter#4452)",)
 
 
 def test_targets_know_which_backends_are_libraries() -> None:

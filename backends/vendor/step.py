@@ -41,11 +41,12 @@ class Step:
     """
 
     def __init__(self, request: Request, *, table: bool) -> None:
-        self._shape, self._capacity, self._table = request.shape, request.capacity, table
+        self.request, self._table = request, table
+        self._shape, self._capacity = request.shape, request.capacity
         self._tokens = request.capacity.max_query_tokens  # rows of q
         self._uniform = request.uniform_queries
         self._metadata: DecodeMetadata | None = None
-        self._buffers: tuple[Tensor, ...] = ()
+        self.buffers: tuple[Tensor, ...] = ()  # kv_lens, query_indptr, states, and the table if wanted
         self._finish: dict[bool, KernelLaunch] = {}
 
     @property
@@ -57,31 +58,31 @@ class Step:
     @property
     def kv_lens(self) -> Tensor:
         """[max_batch] int32."""
-        return self._buffers[0]
+        return self.buffers[0]
 
     @property
     def query_indptr(self) -> Tensor:
         """[max_batch + 1] int32."""
-        return self._buffers[1]
+        return self.buffers[1]
 
     @property
     def states(self) -> Tensor:
         """[max_query_tokens] int32: SEES, EMPTY or FAULTY."""
-        return self._buffers[2]
+        return self.buffers[2]
 
     @property
     def table(self) -> Tensor:
         """[max_batch, width] int32."""
-        return self._buffers[3]
+        return self.buffers[3]
 
     def memory(self) -> dict[str, int]:
         """Bytes of the buffers."""
-        return {"vendor step": sum(tensor.nbytes for tensor in self._buffers)}
+        return {"vendor step": sum(tensor.nbytes for tensor in self.buffers)}
 
     def plan(self, metadata: DecodeMetadata) -> None:
         """Describe a step; allocates at the first."""
-        if not self._buffers:
-            self._buffers = self._allocate(metadata.batch.device)
+        if not self.buffers:
+            self.buffers = self._allocate(metadata.batch.device)
         self._metadata, self._tokens = metadata, self._capacity.max_query_tokens
         self._update()
 
