@@ -173,7 +173,7 @@ class Step:
         if rows_copied not in self._finish:
             from portable_mla.backends.vendor.step_kernels import finish_rows_kernel
 
-            constants = {"LATENT": self._shape.latent_dim, "BLOCK_H": BLOCK_H[rows_copied], "num_warps": 4}
+            constants = finish_constants(self._shape.latent_dim, rows_copied)
             self._finish[rows_copied] = KernelLaunch(finish_rows_kernel, constants)
         return self._finish[rows_copied]
 
@@ -205,13 +205,21 @@ class Step:
         out.copy_(torch.where(state[..., None] == SEES, result, fill[..., None].to(out.dtype)))
 
 
+def prepare_constants(page_size: int) -> dict[str, int]:
+    """Constants and options of the launch that describes a step."""
+    return {"PAGE_SIZE": page_size, "BLOCK": 256, "BLOCK_T": 16, "num_warps": 1}
+
+
+def finish_constants(latent_dim: int, copied: bool) -> dict[str, int]:
+    """Constants and options of the launch that finishes rows."""
+    return {"LATENT": latent_dim, "BLOCK_H": BLOCK_H[copied], "num_warps": 4}
+
+
 @functools.cache
 def _prepare(page_size: int) -> KernelLaunch:
     from portable_mla.backends.vendor.step_kernels import prepare_step_kernel
 
-    return KernelLaunch(
-        prepare_step_kernel, {"PAGE_SIZE": page_size, "BLOCK": 256, "BLOCK_T": 16, "num_warps": 1}
-    )  # fmt: skip
+    return KernelLaunch(prepare_step_kernel, prepare_constants(page_size))
 
 
 def _report(status: Status, fault: Fault, words: Tensor) -> None:
