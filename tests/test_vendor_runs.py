@@ -44,6 +44,7 @@ CASES = [
     Case((130, 3, 1), heads=16, page_size=64, max_query_len=2),
     Case((130, 65, 9, 0), heads=16, page_size=16, query_lens=(1, 3, 2, 0), max_query_len=3, padding=2),
     Case((70, 65), heads=16, page_size=32, dtype="fp16"),
+    Case((130, 65, 0, 200), heads=40, page_size=64, max_query_len=2, content="fingerprint"),
 ]
 
 

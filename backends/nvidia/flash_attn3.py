@@ -17,6 +17,7 @@ from portable_mla.backends.vendor.calls import call, result, wide, wide_cache, w
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.cache_format import CacheFormat
+from portable_mla.errors import NoBackend
 from portable_mla.metadata import DecodeMetadata, Needs
 from portable_mla.packages import Package
 from portable_mla.shape import Phase, Request
@@ -25,6 +26,7 @@ GEOMETRY = (512, 64)
 BLOCK_N = 64  # keys of a block, at these widths
 SPLIT_BYTES = 256 << 20  # most of the partial results that the library allocates in a call, in float32
 MOST_SPLITS = 128
+TILE_ROWS = 64  # heads times query tokens of a tile
 PLAN = "get_scheduler_metadata"
 _PLANNED = (
     "batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads_q", "num_heads_kv", "headdim", "headdim_v", "qkv_dtype",
@@ -107,6 +109,16 @@ def most_splits(request: Request) -> int:
     return max(min(MOST_SPLITS, blocks, SPLIT_BYTES // bytes_a_split), 1)
 
 
+def page_ratio(request: Request) -> int:
+    """How many pages the library is shown for one of ours.
+
+    Of pages that are whole blocks, and rows that fill more than one tile, it copies whole blocks, and an unowned slot
+    of the last page that holds NaN reaches the result; of half blocks it copies the slots that are in use.
+    """
+    rows, page_size = request.shape.heads * request.max_query_len, request.shape.page_size
+    return page_size // (BLOCK_N // 2) if rows > TILE_ROWS and page_size % BLOCK_N == 0 else 1
+
+
 class FlashAttn3Runner:
     """Decode with FA3; each request is cut on the device, into at most `most_splits` parts.
 
@@ -120,7 +132,8 @@ class FlashAttn3Runner:
         self._name, self._loaded = loaded.library.name, loaded
         self._in_place = IN_VLLM in loaded.functions
         self._splits = most_splits(request)
-        self._step = Step(request, table=True)
+        self._ratio = page_ratio(request)
+        self._step = Step(request, table=True, ratio=self._ratio)
         self._batch = 0
         self._schedule: Tensor | None = None
         self._current: Tensor | None = None
@@ -156,7 +169,7 @@ class FlashAttn3Runner:
             out.zero_()
             lse.fill_(-torch.inf)
             return
-        pages = cache.unsqueeze(2)
+        pages = self._pages(cache).unsqueeze(2)
         shared = {
             "q": q[..., latent_dim:], "cu_seqlens_q": self._step.query_indptr[: self._batch + 1],
             "max_seqlen_q": self._query_len, "softmax_scale": softmax_scale, "causal": True,
@@ -182,7 +195,21 @@ class FlashAttn3Runner:
 
     @functools.cached_property
     def _max_kv_len(self) -> int:
-        return self._step.width * self._shape.page_size
+        return self._step.width * (self._shape.page_size // self._ratio)
+
+    def _pages(self, cache: Tensor) -> Tensor:
+        """The cache in the pages that the library is shown."""
+        if self._ratio == 1:
+            return cache
+        pages, page_size, width = cache.shape
+        of_page, of_slot, _ = cache.stride()
+        if of_page != page_size * of_slot and pages > 1:
+            raise NoBackend(
+                f"{self._name}: needs a kv_cache whose pages follow one another, got strides {cache.stride()}; triton "
+                "takes any"
+            )
+        small = page_size // self._ratio
+        return cache.as_strided((pages * self._ratio, small, width), (small * of_slot, of_slot, 1))
 
     def _plan(self) -> None:
         """Schedule the step; FA3 has none for a batch of no requests."""
@@ -194,8 +221,8 @@ class FlashAttn3Runner:
             "batch_size": self._batch, "max_seqlen_q": self._query_len, "max_seqlen_k": self._max_kv_len,
             "num_heads_q": shape.heads, "num_heads_kv": 1, "headdim": shape.rope_dim, "headdim_v": shape.latent_dim,
             "qkv_dtype": shape.q_dtype, "cache_seqlens": step.kv_lens[: self._batch],
-            "cu_seqlens_q": step.query_indptr[: self._batch + 1], "page_size": shape.page_size, "causal": True,
-            "num_splits": self._splits,
+            "cu_seqlens_q": step.query_indptr[: self._batch + 1], "page_size": shape.page_size // self._ratio,
+            "causal": True, "num_splits": self._splits,
         }  # fmt: skip
         made: Tensor = call(self._name, self._loaded.functions[PLAN], **arguments)
         if self._schedule is None or self._schedule.numel() < made.numel():

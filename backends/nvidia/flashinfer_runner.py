@@ -13,7 +13,7 @@ from portable_mla.backend import DecodeInputs
 from portable_mla.backends.vendor.calls import call, result, wide_cache, wide_rows
 from portable_mla.backends.vendor.library import Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
-from portable_mla.errors import BackendError
+from portable_mla.errors import BackendError, NoBackend
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.shape import Request
 
@@ -76,6 +76,8 @@ class WrapperRunner:
         assert kv_scale is None, "refused by dispatch"
         latent_dim = self._shape.latent_dim
         cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
+        if max(*cache.stride(), *q.stride(), *out.stride()) >= 2**32:
+            raise NoBackend(f"{NAME}: needs strides below 2**32 elements, got {cache.stride()} of kv_cache")
         self._step.ready(False, out, lse)
         if self._step.fit(q) or self._stale or softmax_scale != self._scale:
             self._plan(softmax_scale)

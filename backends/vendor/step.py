@@ -37,11 +37,12 @@ class Step:
     """Lengths, row pointers and the page table with nothing out of range: requests past the batch are empty, wrong
     lengths and requests with wrong pages count as 0 keys, and a status word says so. A captured graph follows them.
 
-    One launch a step, and one more where q of a ragged batch has fewer rows than the capacity.
+    ratio: the table is that of pages so many times smaller. One launch a step, and one more where q of a ragged batch
+    has fewer rows than the capacity.
     """
 
-    def __init__(self, request: Request, *, table: bool) -> None:
-        self.request, self._table = request, table
+    def __init__(self, request: Request, *, table: bool, ratio: int = 1) -> None:
+        self.request, self._table, self._ratio = request, table, ratio
         self._shape, self._capacity = request.shape, request.capacity
         self._tokens = request.capacity.max_query_tokens  # rows of q
         self._uniform = request.uniform_queries
@@ -52,7 +53,7 @@ class Step:
     @property
     def width(self) -> int:
         """Columns of the page table."""
-        pages = -(-self._capacity.max_context // self._shape.page_size)
+        pages = -(-self._capacity.max_context // self._shape.page_size) * self._ratio
         return -(-max(pages, 1) // TABLE_WIDTH) * TABLE_WIDTH
 
     @property
@@ -130,7 +131,7 @@ class Step:
         batch, capacity, page_size = metadata.batch, self._capacity, self._shape.page_size
         table = self.table if self._table else None
         key = (batch.device.index, table is None, alignment(batch.kv_lens, batch.query_lens, batch.block_table))
-        _prepare(page_size)(
+        _prepare(page_size, self._ratio)(
             key, (max(capacity.max_batch, 1),),
             batch.kv_lens, batch.query_lens, batch.block_table, metadata.ragged.query_indptr, table,
             self.kv_lens, self.query_indptr, self.states, metadata.status.words,
@@ -149,8 +150,9 @@ class Step:
         if batch.query_lens is not None:
             right &= (batch.query_lens >= 0) & (batch.query_lens <= batch.max_query_len)
         used = lens.masked_fill(~right, 0)
-        cells = batch.block_table[:, : self.width].long()
-        read = torch.arange(cells.shape[1]) * page_size < used[:, None]
+        cells = batch.block_table.long().repeat_interleave(self._ratio, 1)[:, : self.width]
+        column = torch.arange(cells.shape[1])
+        read = column * (page_size // self._ratio) < used[:, None]
         wrong = read & ((cells < 0) | (cells >= max_pages))
         late = (indptr[1 : size + 1] > tokens) & (indptr[1 : size + 1] > indptr[:size])
         request = torch.arange(size)
@@ -160,7 +162,8 @@ class Step:
         self.kv_lens.zero_()[:size] = used.masked_fill(faulty, 0).int()
         self.query_indptr.copy_(indptr.clamp(max=tokens))
         if self._table:
-            self.table.zero_()[:size, : cells.shape[1]] = cells.masked_fill(~read | wrong, 0).int()
+            small = cells * self._ratio + column % self._ratio
+            self.table.zero_()[:size, : cells.shape[1]] = small.masked_fill(~read | wrong, 0).int()
         self.states.fill_(EMPTY)
         for index in range(size):
             start, stop = int(indptr[index]), int(indptr[index + 1])
@@ -205,9 +208,9 @@ class Step:
         out.copy_(torch.where(state[..., None] == SEES, result, fill[..., None].to(out.dtype)))
 
 
-def prepare_constants(page_size: int) -> dict[str, int]:
+def prepare_constants(page_size: int, ratio: int = 1) -> dict[str, int]:
     """Constants and options of the launch that describes a step."""
-    return {"PAGE_SIZE": page_size, "BLOCK": 256, "BLOCK_T": 16, "num_warps": 1}
+    return {"PAGE_SIZE": page_size, "RATIO": ratio, "BLOCK": 256, "BLOCK_T": 16, "num_warps": 1}
 
 
 def finish_constants(latent_dim: int, copied: bool) -> dict[str, int]:
@@ -216,10 +219,10 @@ def finish_constants(latent_dim: int, copied: bool) -> dict[str, int]:
 
 
 @functools.cache
-def _prepare(page_size: int) -> KernelLaunch:
+def _prepare(page_size: int, ratio: int) -> KernelLaunch:
     from portable_mla.backends.vendor.step_kernels import prepare_step_kernel
 
-    return KernelLaunch(prepare_step_kernel, prepare_constants(page_size))
+    return KernelLaunch(prepare_step_kernel, prepare_constants(page_size, ratio))
 
 
 def _report(status: Status, fault: Fault, words: Tensor) -> None:

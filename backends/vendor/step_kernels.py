@@ -11,19 +11,21 @@ SEES, EMPTY, FAULTY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _write_table(
-    row_ptr, safe_row_ptr, status_ptr, request, pages, width, max_pages, BLOCK: tl.constexpr
+    row_ptr, safe_row_ptr, status_ptr, request, pages, width, max_pages, RATIO: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Copy the page ids of one request, 0 for cells without a page; how many are not in the cache."""
+    """Copy the page ids of one request as those of pages RATIO times smaller, 0 for cells without a page; how many are
+    not in the cache."""
     wrong_pages = 0
     stop = pages if safe_row_ptr is None else width
     for base in range(0, stop, BLOCK):
         column = base + tl.arange(0, BLOCK)
-        page = tl.load(row_ptr + column, mask=column < pages, other=0)
+        page = tl.load(row_ptr + column // RATIO, mask=column < pages, other=0)
         wrong = (column < pages) & ((page < 0) | (page >= max_pages))
         report_fault(status_ptr, PAGE_ID, request + tl.zeros_like(page), page, wrong)
         wrong_pages += tl.sum(wrong.to(tl.int32), 0)
         if safe_row_ptr is not None:
-            tl.store(safe_row_ptr + column, tl.where(wrong, 0, page), mask=column < width)
+            small_page = tl.where(column < pages, page * RATIO + column % RATIO, 0)
+            tl.store(safe_row_ptr + column, tl.where(wrong, 0, small_page), mask=column < width)
     return wrong_pages
 
 
@@ -59,7 +61,8 @@ def prepare_step_kernel(
     max_pages,
     stride_table,
     width,
-    PAGE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # of the table
+    RATIO: tl.constexpr,  # pages of the safe table in one of them
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -76,8 +79,8 @@ def prepare_step_kernel(
     if safe_table_ptr is not None:
         safe_row_ptr = safe_table_ptr + request.to(tl.int64) * width
     row_ptr = table_ptr + request.to(tl.int64) * stride_table
-    pages = (used + PAGE_SIZE - 1) // PAGE_SIZE
-    wrong_pages = _write_table(row_ptr, safe_row_ptr, status_ptr, request, pages, width, max_pages, BLOCK)
+    pages = (used + PAGE_SIZE // RATIO - 1) // (PAGE_SIZE // RATIO)
+    wrong_pages = _write_table(row_ptr, safe_row_ptr, status_ptr, request, pages, width, max_pages, RATIO, BLOCK)
     one = request + tl.arange(0, 1)
     late = (stop > tokens) & (stop > start)
     report_fault(status_ptr, QUERY_TOKENS, one, stop, (one >= 0) & late)

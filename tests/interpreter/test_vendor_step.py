@@ -66,7 +66,7 @@ def step_cases(draw: st.DrawFn) -> StepCase:
     )
 
 
-def launched(step: Step, metadata: DecodeMetadata, tokens: int) -> None:
+def launched(step: Step, metadata: DecodeMetadata, tokens: int, ratio: int) -> None:
     """What the launcher passes, on tensors of the CPU, which the interpreter takes."""
     batch, capacity = metadata.batch, step.request.capacity
     assert metadata.ragged is not None
@@ -75,18 +75,18 @@ def launched(step: Step, metadata: DecodeMetadata, tokens: int) -> None:
         step.kv_lens, step.query_indptr, step.states, metadata.status.words,
         batch.size, capacity.max_batch, tokens, capacity.max_query_tokens,
         min(batch.block_table.shape[1] * PAGE_SIZE, MAX_CONTEXT), batch.max_query_len, metadata.max_pages,
-        batch.block_table.stride(0), step.width, PAGE_SIZE=PAGE_SIZE, BLOCK=32, BLOCK_T=2,
+        batch.block_table.stride(0), step.width, PAGE_SIZE=PAGE_SIZE, RATIO=ratio, BLOCK=32, BLOCK_T=2,
     )  # fmt: skip
 
 
 @settings(max_examples=max(settings().max_examples // 3, 10))
-@given(step_cases())
-def test_the_step_is_that_of_the_torch_twin(case: StepCase) -> None:
+@given(step_cases(), st.sampled_from([1, 2, 4]))
+def test_the_step_is_that_of_the_torch_twin(case: StepCase, ratio: int) -> None:
     request = case.request()
     if request.capacity.max_query_tokens == 0:
         return
     tokens = max(request.capacity.max_query_tokens - case.fewer, 0)
-    steps = [Step(request, table=True) for _ in range(2)]
+    steps = [Step(request, table=True, ratio=ratio) for _ in range(2)]
     statuses = [Status.allocate(torch.device("cpu")) for _ in range(2)]
     buffers = [DecodeBuffers(request.capacity, PAGE_SIZE, Needs(query_indptr=True), status) for status in statuses]
     described = [one.update(case.batch(), PAGES) for one in buffers]
@@ -96,7 +96,7 @@ def test_the_step_is_that_of_the_torch_twin(case: StepCase) -> None:
     steps[0].fit(q)
     for buffer in steps[1].buffers:
         buffer.fill_(-7)
-    launched(steps[1], described[1], tokens)
+    launched(steps[1], described[1], tokens, ratio)
     for twin, written in zip(steps[0].buffers, steps[1].buffers, strict=True):
         assert torch.equal(twin, written)
     assert statuses[0].words.tolist() == statuses[1].words.tolist()
