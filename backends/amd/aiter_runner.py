@@ -26,8 +26,8 @@ WORK = ("work_meta_data", "work_indptr", "work_info_set", "reduce_indptr", "redu
 class AiterRunner:
     """Decode with AITER. Never reads the first value that it returns, which is another thing in each of its branches.
 
-    Queries are copied where they are not dense or their heads must be padded; results are copied, and defined where
-    requests are empty or padded (it leaves NaN there), by one launch of ours.
+    Queries and results are copied where they are not dense or their heads must be padded. One launch of ours copies the
+    results and defines rows of requests without keys, where the library leaves NaN.
     """
 
     def __init__(self, request: Request, loaded: Loaded, heads: int, *, persistent: bool) -> None:
@@ -67,16 +67,15 @@ class AiterRunner:
         q, cache, heads = inputs.q, inputs.kv_cache, self._shape.heads
         if not cache.is_contiguous():
             raise NoBackend(f"{NAME}: needs a dense kv_cache, got strides {cache.stride()}; triton takes any")
-        self._step.ready(True, out, lse)
+        self._step.ready(self._heads != heads or not out.is_contiguous(), out, lse)
         if self._step.fit(q) and self._persistent:
             self._plan_work(self._metadata)
         tokens, ragged = q.shape[0], self._metadata.ragged
         batch = tokens // self._request.max_query_len
-        queries, rows = self._buffers["padded queries"][:tokens], self._buffers["results"][:tokens]
-        queries[:, :heads].copy_(q)
+        queries, rows = self._rows(q, out)
         arguments: dict[str, Any] = {
             "q": queries, "kv_buffer": cache.view(-1, 1, 1, cache.shape[2]), "o": rows,
-            "qo_indptr": self._step.query_indptr[: batch + 1], "kv_indptr": ragged.kv_indptr[: batch + 1],  # type: ignore[index]
+            "qo_indptr": self._step.of(batch).query_indptr, "kv_indptr": ragged.kv_indptr[: batch + 1],  # type: ignore[index]
             "kv_indices": ragged.kv_indices, "kv_last_page_lens": self._buffers["page lengths"][:batch],
             "max_seqlen_q": self._request.max_query_len, "sm_scale": softmax_scale, "return_lse": True,
         }  # fmt: skip
@@ -87,13 +86,22 @@ class AiterRunner:
             arguments |= {"num_kv_splits": self._splits, "num_kv_splits_indptr": splits}
         returned = call(NAME, self._decode, **arguments)
         theirs = result(NAME, "lse", returned[1], (tokens, self._heads), torch.float32)
-        copied = rows if self._heads == heads else rows[:, :heads].contiguous()
+        copied = None if rows is out else rows[:, :heads].contiguous()
         self._step.finish(VendorRows(theirs, (theirs.stride(0), 0, theirs.stride(1)), 1, copied), out, lse)
+
+    def _rows(self, q: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and results as the kernels take them: dense, with the heads that they have."""
+        if self._heads == self._shape.heads:
+            rows = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            return q.contiguous(), rows
+        queries = self._buffers["padded queries"][: q.shape[0]]
+        queries[:, : self._shape.heads].copy_(q)
+        return queries, self._buffers["results"][: q.shape[0]]
 
     def _allocate(self, device: torch.device) -> dict[str, Tensor]:
         """Buffers for any batch of the capacity. Heads that only pad are 0 and stay so."""
         capacity, shape = self._request.capacity, self._shape
-        tokens, batch = capacity.max_query_tokens, capacity.max_batch
+        batch, tokens = capacity.max_batch, capacity.max_query_tokens if self._heads != shape.heads else 0
         buffers = {
             "padded queries": torch.zeros(tokens, self._heads, shape.qk_dim, dtype=shape.q_dtype, device=device),
             "results": torch.empty(tokens, self._heads, shape.latent_dim, dtype=shape.q_dtype, device=device),
@@ -116,7 +124,7 @@ class AiterRunner:
         batch, query_len, shape = metadata.batch.size, self._request.max_query_len, self._shape
         buffers = {("work_metadata_ptrs" if n == "work_meta_data" else n): self._buffers[n] for n in WORK}
         arguments: dict[str, Any] = {
-            "seqlens_qo_indptr": self._step.query_indptr[: batch + 1],
+            "seqlens_qo_indptr": self._step.of(batch).query_indptr,
             "seqlens_kv_indptr": metadata.ragged.kv_indptr[: batch + 1],
             "kv_last_page_lens": self._buffers["page lengths"][:batch], "num_heads_per_head_k": self._heads,
             "num_heads_k": 1, "is_causal": True, "kv_granularity": GRANULARITY, "max_seqlen_qo": query_len,

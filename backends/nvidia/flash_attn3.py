@@ -169,24 +169,24 @@ class FlashAttn3Runner:
             out.zero_()
             lse.fill_(-torch.inf)
             return
-        pages = self._pages(cache).unsqueeze(2)
+        pages, step = self._pages(cache).unsqueeze(2), self._step.of(self._batch)
         shared = {
-            "q": q[..., latent_dim:], "cu_seqlens_q": self._step.query_indptr[: self._batch + 1],
+            "q": q[..., latent_dim:], "cu_seqlens_q": step.query_indptr,
             "max_seqlen_q": self._query_len, "softmax_scale": softmax_scale, "causal": True,
             "scheduler_metadata": None if _capturing(q) else self._current, "num_splits": self._splits,
             "return_softmax_lse": True,
         }  # fmt: skip
-        lens, table = self._step.kv_lens[: self._batch], self._step.table[: self._batch]
         keys, values, q_v = pages[..., latent_dim:], pages[..., :latent_dim], q[..., :latent_dim]
         if self._in_place:
             results = call(
-                name, self._loaded.functions[IN_VLLM], **shared, k=keys, v=values, q_v=q_v, seqused_k=lens,
-                max_seqlen_k=self._max_kv_len, block_table=table, fa_version=3, **({"out": out} if in_place else {}),
+                name, self._loaded.functions[IN_VLLM], **shared, k=keys, v=values, q_v=q_v, seqused_k=step.kv_lens,
+                max_seqlen_k=self._max_kv_len, block_table=step.table, fa_version=3,
+                **({"out": out} if in_place else {}),
             )  # fmt: skip
         else:
             results = call(
                 name, self._loaded.functions[UPSTREAM], **shared, k_cache=keys, v_cache=values, qv=q_v,
-                cache_seqlens=lens, page_table=table,
+                cache_seqlens=step.kv_lens, page_table=step.table,
             )  # fmt: skip
         rows = result(name, "out", results[0], tuple(out.shape), q.dtype)
         theirs = result(name, "lse", results[1], (self._shape.heads, q.shape[0]), torch.float32)
@@ -216,12 +216,12 @@ class FlashAttn3Runner:
         self._current = None
         if self._batch == 0:
             return
-        shape, step = self._shape, self._step
+        shape, step = self._shape, self._step.of(self._batch)
         arguments: dict[str, Any] = {
             "batch_size": self._batch, "max_seqlen_q": self._query_len, "max_seqlen_k": self._max_kv_len,
             "num_heads_q": shape.heads, "num_heads_kv": 1, "headdim": shape.rope_dim, "headdim_v": shape.latent_dim,
-            "qkv_dtype": shape.q_dtype, "cache_seqlens": step.kv_lens[: self._batch],
-            "cu_seqlens_q": step.query_indptr[: self._batch + 1], "page_size": shape.page_size // self._ratio,
+            "qkv_dtype": shape.q_dtype, "cache_seqlens": step.kv_lens,
+            "cu_seqlens_q": step.query_indptr, "page_size": shape.page_size // self._ratio,
             "causal": True, "num_splits": self._splits,
         }  # fmt: skip
         made: Tensor = call(self._name, self._loaded.functions[PLAN], **arguments)

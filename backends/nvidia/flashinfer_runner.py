@@ -103,8 +103,8 @@ class WrapperRunner:
         batch, ragged = metadata.batch.size, metadata.ragged
         assert ragged.kv_indptr is not None and ragged.kv_indices is not None, "asked for in needs()"
         form = {
-            "qo_indptr": self._step.query_indptr[: batch + 1], "kv_indptr": ragged.kv_indptr[: batch + 1],
-            "kv_indices": ragged.kv_indices, "kv_len_arr": self._step.kv_lens[:batch],
+            "qo_indptr": self._step.of(batch).query_indptr, "kv_indptr": ragged.kv_indptr[: batch + 1],
+            "kv_indices": ragged.kv_indices, "kv_len_arr": self._step.of(batch).kv_lens,
         }  # fmt: skip
         arguments: dict[str, Any] = {
             "num_heads": shape.heads, "head_dim_ckv": shape.latent_dim, "head_dim_kpe": shape.rope_dim,
@@ -165,11 +165,12 @@ class TableRunner:
         self._step.ready(not in_place, out, lse)
         self._step.fit(q)
         batch, theirs = q.shape[0] // query_len, self._lse[: q.shape[0]]
+        step = self._step.of(batch)
         own = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
         returned = call(
             NAME, self._call, query=q.view(batch, query_len, shape.heads, -1), kv_cache=cache,
             workspace_buffer=self._workspace, qk_nope_head_dim=NOPE_DIM, kv_lora_rank=shape.latent_dim,
-            qk_rope_head_dim=shape.rope_dim, block_tables=self._step.table[:batch], seq_lens=self._step.kv_lens[:batch],
+            qk_rope_head_dim=shape.rope_dim, block_tables=step.table, seq_lens=step.kv_lens,
             max_seq_len=self._step.width * shape.page_size, out=own.view(batch, query_len, shape.heads, -1),
             bmm1_scale=softmax_scale, bmm2_scale=1.0, backend=self._kernel, lse=theirs, return_lse=True,
         )  # fmt: skip

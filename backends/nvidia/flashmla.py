@@ -146,12 +146,12 @@ class FlashMLARunner:
         self._step.ready(not in_place, out, lse)
         self._stale |= self._step.fit(q)
         batch = q.shape[0] // query_len
-        lens, table = self._step.kv_lens[:batch], self._step.table[:batch]
-        schedule, splits = self._schedule_of(lens)
+        step = self._step.of(batch)
+        schedule, splits = self._schedule_of(step.kv_lens)
         results = call(
-            name, self._decode, q=q.view(batch, query_len, heads, -1), k_cache=cache.unsqueeze(2), block_table=table,
-            cache_seqlens=lens, tile_scheduler_metadata=schedule, num_splits=splits, softmax_scale=softmax_scale,
-            **self._constant, **({"out": out.view(batch, query_len, heads, -1)} if in_place else {}),
+            name, self._decode, q=q.view(batch, query_len, heads, -1), k_cache=cache.unsqueeze(2),
+            block_table=step.table, cache_seqlens=step.kv_lens, tile_scheduler_metadata=schedule, num_splits=splits,
+            softmax_scale=softmax_scale, **self._constant, **({"out": out.view(batch, query_len, heads, -1)} if in_place else {}),
         )  # fmt: skip
         shape = (batch, query_len, heads, self._shape.latent_dim)
         rows = result(name, "out", results[0], shape, q.dtype)
