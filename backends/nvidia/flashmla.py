@@ -151,7 +151,8 @@ class FlashMLARunner:
         results = call(
             name, self._decode, q=q.view(batch, query_len, heads, -1), k_cache=cache.unsqueeze(2),
             block_table=step.table, cache_seqlens=step.kv_lens, tile_scheduler_metadata=schedule, num_splits=splits,
-            softmax_scale=softmax_scale, **self._constant, **({"out": out.view(batch, query_len, heads, -1)} if in_place else {}),
+            softmax_scale=softmax_scale, **self._constant,
+            **({"out": out.view(batch, query_len, heads, -1)} if in_place else {}),
         )  # fmt: skip
         shape = (batch, query_len, heads, self._shape.latent_dim)
         rows = result(name, "out", results[0], shape, q.dtype)
