@@ -25,6 +25,7 @@ def forget() -> None:
             del sys.modules[name]
     importlib.invalidate_caches()
     library.load.cache_clear()
+    library.loaded_builds.cache_clear()
     select.cache_clear()
 
 
@@ -38,6 +39,7 @@ class Machine:
     def runs(self, runtime: str) -> None:
         """Say that torch was built for it."""
         self._monkeypatch.setattr(library, "runtime", lambda: runtime)
+        forget()
 
     def install(self, module: str, source: str, **options: object) -> None:
         """Write a package."""

@@ -116,20 +116,24 @@ class Builds:
 
     def reasons_not_loadable(self) -> tuple[str, ...]:
         """Empty if any build can be imported and offers what is called."""
-        found = self._loaded()
+        found = loaded_builds(self)
         return () if any(not loaded.reasons for loaded in found) else sum((one.reasons for one in found), ())
 
     def first(self) -> Loaded:
         """The build that serves; asked for only after both answers above were empty."""
-        return next(loaded for loaded in self._loaded() if not loaded.reasons)
+        return next(loaded for loaded in loaded_builds(self) if not loaded.reasons)
 
-    def _loaded(self) -> list[Loaded]:
-        found: list[Loaded] = []
-        for library in self.libraries:
-            if not library.reasons_unavailable():
-                loaded = load(library)
-                reasons = loaded.reasons or self.check(loaded)
-                found.append(Loaded(library, loaded.functions, reasons))
-                if not reasons:
-                    break
-        return found
+
+@functools.cache
+def loaded_builds(builds: Builds) -> tuple[Loaded, ...]:
+    """The builds on this machine up to the first that can be used, imported; once a process, since looking takes
+    milliseconds."""
+    found: list[Loaded] = []
+    for library in builds.libraries:
+        if not library.reasons_unavailable():
+            loaded = load(library)
+            reasons = loaded.reasons or builds.check(loaded)
+            found.append(Loaded(library, loaded.functions, reasons))
+            if not reasons:
+                break
+    return tuple(found)
