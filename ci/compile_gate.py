@@ -40,7 +40,7 @@ from portable_mla.backends.amd import tiles as amd_tiles
 from portable_mla.backends.nvidia import tiles as nvidia_tiles
 from portable_mla.backends.nvidia.gluon import BACKEND as GLUON
 from portable_mla.backends.triton.backend import GEOMETRIES
-from portable_mla.backends.triton.tile import Rule, TileRequest
+from portable_mla.backends.triton.tile import Rule, TileRequest, combine_tiles
 from portable_mla.cache_format import CacheFormat
 from portable_mla.device import ARCHS
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
@@ -53,6 +53,9 @@ SLACK_REGISTERS = 16  # growth over the budget that a patch release of the compi
 
 Job = Callable[[], Resources]
 Used = dict[str, Resources]  # by variant
+
+
+COMBINES = tuple(combine_tiles(latent_dim=512, wave=32))
 
 
 def rule_of(arch: str, request: TileRequest) -> Rule:
@@ -142,8 +145,7 @@ def variants(arch: str) -> dict[str, Job]:
     tile, request = rule_of(arch, most).tile, decode_request(arch, most)
     ragged = replace(request, max_query_len=8, uniform_queries=False)
     jobs += [
-        ("combine spread", functools.partial(compile_combine, request, "spread")),
-        ("combine grouped", functools.partial(compile_combine, request, "grouped")),
+        *((f"combine {kind}", functools.partial(compile_combine, request, kind)) for kind in COMBINES),
         ("plan", functools.partial(compile_plan, ragged, tile)),
         ("plan fixed", functools.partial(compile_plan, replace(ragged, deterministic=True), tile)),
         ("ragged", functools.partial(compile_ragged, request)),
@@ -154,8 +156,8 @@ def variants(arch: str) -> dict[str, Job]:
     if gluon := gluon_requests(arch):
         jobs += [(name, functools.partial(_gluon_resources, request)) for name, request in gluon.items()]
         jobs += [
-            ("combine spread dependent", functools.partial(compile_combine, request, "spread", dependent=True)),
-            ("combine grouped dependent", functools.partial(compile_combine, request, "grouped", dependent=True)),
+            (f"combine {kind} dependent", functools.partial(compile_combine, request, kind, dependent=True))
+            for kind in COMBINES
         ]
     return dict(jobs)  # rules that differ in their plans alone share a kernel, and its name
 

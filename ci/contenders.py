@@ -112,7 +112,7 @@ def split_rule(problem: Problem) -> list[Callable[[], object]]:
     splits = rule_splits(max(problem.kv_lens), request.arch.units)
     units = -(-batch * splits * row_tiles(problem.q.shape[1], tile) // tile.programs_per_unit)
     runner = TritonRunner(replace(request, arch=replace(request.arch, units=units)), tile)
-    runner.combine.most_spread_tokens = TritonRunner(request, tile).combine.most_spread_tokens
+    runner.combine = TritonRunner(request, tile).combine
     status = Status.allocate(torch.device(DEVICE))
     needs = Needs(split_plan=runner.plan_shape)
     metadata = DecodeBuffers(request.capacity, PAGE_SIZE, needs, status).update(

@@ -110,6 +110,7 @@ def compile_gluon(request: Request) -> Any:
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
+    types["partial_out_ptr"] = "*fp16!" if dtype == "bf16" else "*fp32!"
     types |= dict.fromkeys(("stride_slot", "stride_out_token", "stride_out_head"), "i32!")
     types["softmax_scale"] = "fp32"
     return _compiled(sm90_decode_kernel, request.arch, types, constants, GluonASTSource)
@@ -129,12 +130,13 @@ def serialised_wgmma(compiled: Any) -> list[str]:
     raise RuntimeError(done.stderr)
 
 
-def compile_combine(request: Request, kind: Literal["spread", "grouped"], *, dependent: bool = False) -> Resources:
-    """The combine kernel for few tokens or for many. dependent: as Hopper's Gluon runner launches it."""
-    constants = Combine(request, dependent=dependent).constants[kind]
+def compile_combine(request: Request, kind: str, *, dependent: bool = False) -> Resources:
+    """One of the combines. dependent: as Hopper's Gluon runner launches it, for bfloat16."""
+    constants = Combine(request, 1, narrow=dependent, dependent=dependent).constants[kind]
     types = _default_types(combine_kernel)
     types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "token_slots_ptr": "*i32!"}
     types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
+    types["partial_out_ptr"] = "*fp16!" if dependent else "*fp32!"
     return _compile(combine_kernel, request.arch, types, constants | {"stride_lse_head": 1})
 
 

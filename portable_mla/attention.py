@@ -127,13 +127,9 @@ class MLAAttention:
     def _check_batch(self, batch: PagedBatch) -> None:
         capacity = self.request.capacity
         uniform_tokens = batch.size * batch.max_query_len if batch.query_lens is None else 0
-        for field, planned, got in (
-            ("max_batch", capacity.max_batch, batch.size),
-            ("max_query_len", capacity.max_query_len, batch.max_query_len),
-            ("max_query_tokens", capacity.max_query_tokens, uniform_tokens),
-        ):
-            if got > planned:
-                raise PlanMismatch(field, planned, got, self._more_capacity())
+        self._check_room("max_batch", capacity.max_batch, batch.size)
+        self._check_room("max_query_len", capacity.max_query_len, batch.max_query_len)
+        self._check_room("max_query_tokens", capacity.max_query_tokens, uniform_tokens)
         if self.request.uniform_queries:
             if batch.query_lens is not None:
                 raise PlanMismatch(
@@ -144,6 +140,10 @@ class MLAAttention:
                 raise PlanMismatch("max_query_len", capacity.max_query_len, batch.max_query_len, hint)
         if not _same_device(batch.device, self._device):
             raise ValueError(f"block_table: is on {batch.device}, this attention is on {self._device}")
+
+    def _check_room(self, field: str, planned: int, got: int) -> None:
+        if got > planned:
+            raise PlanMismatch(field, planned, got, self._more_capacity())
 
     def _check_values(self, batch: PagedBatch, pages: int) -> None:
         capacity = self.request.capacity
@@ -275,4 +275,4 @@ def _same_device(one: torch.device, other: torch.device) -> bool:
 def _generation(batch: PagedBatch) -> tuple[int, ...]:
     """Versions of the batch's tensors: they move when one is written in place (inference tensors carry none)."""
     tensors = (batch.block_table, batch.kv_lens, batch.query_lens, batch.positions)
-    return tuple(-1 if t is None or t.is_inference() else t._version for t in tensors)
+    return tuple([-1 if t is None or t.is_inference() else t._version for t in tensors])

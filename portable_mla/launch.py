@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from portable_mla.errors import GraphCaptureError
 
 _WIDEST = 16  # bytes: what Triton specialises pointers on
+_REMEMBERED_GRIDS = 1024
 
 
 def alignment(*tensors: Tensor | None) -> tuple[bool | None, ...]:
     """What Triton specialises on in each pointer: None for no tensor, else whether its address allows wide access."""
-    return tuple(None if tensor is None else tensor.data_ptr() % _WIDEST == 0 for tensor in tensors)
+    return tuple([None if tensor is None else tensor.data_ptr() % _WIDEST == 0 for tensor in tensors])
 
 
 class KernelLaunch:
@@ -30,6 +31,7 @@ class KernelLaunch:
         self._kernel, self._constants = kernel, dict(constants)
         self._trailing = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self._compiled: dict[Hashable, Any] = {}
+        self._at: dict[tuple[Hashable, tuple[int, ...]], Callable[..., None]] = {}
 
     def ready(self, key: Hashable) -> Any:
         """The compiled kernel of `key`, None before its first launch.
@@ -44,10 +46,22 @@ class KernelLaunch:
 
     def __call__(self, key: Hashable, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch on the current stream of the current device. arguments: those before the constants, in order."""
-        compiled = self.ready(key)
-        if compiled is not None:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *self._trailing)
+        launch = self._at.get((key, grid))
+        if launch is None:
+            launch = self._launch_at(key, grid)
+        if launch is not None:
+            launch(*arguments, *self._trailing)
             return
         compiled = self._kernel[grid](*arguments, **self._constants)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[key] = compiled
+
+    def _launch_at(self, key: Hashable, grid: tuple[int, ...]) -> Callable[..., None] | None:
+        compiled = self.ready(key)
+        if compiled is None:
+            return None
+        if len(self._at) >= _REMEMBERED_GRIDS:
+            self._at.clear()
+        launch: Callable[..., None] = compiled[(*grid, 1, 1)[:3]]
+        self._at[key, grid] = launch
+        return launch

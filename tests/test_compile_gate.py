@@ -89,7 +89,7 @@ def test_the_gate_compiles_every_rule_geometry_and_dtype(arch: str) -> None:
     names = list(gate.variants(arch))
     for latent_dim, rope_dim in GEOMETRIES:
         assert any(name.startswith(f"decode {latent_dim}+{rope_dim} ") for name in names)
-    for ending in (" fp16", "spread", "grouped", "plan"):
+    for ending in (" fp16", "spread", "rows", "grouped", "plan"):
         assert any(name.endswith(ending) for name in names)
 
 

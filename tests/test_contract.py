@@ -102,14 +102,8 @@ def test_m4_order_of_tokens_within_a_request_does_not_matter(target: Target, cas
 
 @given(case=cases(contents=("iid", "needle", "split_skew"), max_query_len=1, min_kv_len=2), cut=st.floats(0.01, 0.99))
 def test_m6_chunks_merged_by_lse_are_the_whole(target: Target, case: Case, cut: float) -> None:
-    problem = accepted(target, replace(case, page_size=1))
-    table, lens = problem.batch.block_table, problem.batch.kv_lens
-    first = (lens * cut).int()
-    rest = torch.stack([row.roll(-int(n)) for row, n in zip(table, first, strict=True)])
-    parts = [
-        target.run(replace(problem, batch=PagedBatch(part_table, part_lens)))
-        for part_table, part_lens in ((table, first), (rest, lens - first))
-    ]
+    problem, chunks = chunked(target, case, cut)
+    parts = [target.run(chunk) for chunk in chunks]
     out, lse = merge(*parts)
     golden, golden_lse = target.golden(problem)
     assert ((lse - golden_lse).abs() <= 2 * (1e-4 + 2e-6 * golden_lse.abs())).all()
@@ -321,14 +315,22 @@ def test_m23_a_second_run_after_other_allocations_is_identical(target: Target, c
 
 @given(case=cases(max_query_len=1, min_kv_len=2), cut=st.floats(0.01, 0.99))
 def test_m24_lse_is_additive_over_disjoint_chunks(target: Target, case: Case, cut: float) -> None:
-    problem = accepted(target, replace(case, page_size=1))
-    table, lens = problem.batch.block_table, problem.batch.kv_lens
-    first = (lens * cut).int()
-    rest = torch.stack([row.roll(-int(n)) for row, n in zip(table, first, strict=True)])
+    problem, chunks = chunked(target, case, cut)
     _, whole = target.run(problem)
-    _, one = target.run(replace(problem, batch=PagedBatch(table, first)))
-    _, two = target.run(replace(problem, batch=PagedBatch(rest, lens - first)))
+    (_, one), (_, two) = (target.run(chunk) for chunk in chunks)
     assert ((torch.logaddexp(one.double(), two.double()) - whole).abs() <= 2e-4 + 4e-6 * whole.abs()).all()
+
+
+def chunked(target: Target, case: Case, cut: float) -> tuple[Problem, tuple[Problem, Problem]]:
+    """A problem, and two with the contexts' first and other pages: of one token where the backend takes such pages."""
+    by_token = replace(case, page_size=1)
+    problem = accepted(target, by_token if target.accepts(by_token) else case)
+    page_size = problem.kv_cache.shape[1]
+    table, lens = problem.batch.block_table, problem.batch.kv_lens
+    pages = (lens * cut / page_size).int()
+    rest = torch.stack([row.roll(-int(n)) for row, n in zip(table, pages, strict=True)])
+    one, two = ((table, pages * page_size), (rest, lens - pages * page_size))
+    return problem, (replace(problem, batch=PagedBatch(*one)), replace(problem, batch=PagedBatch(*two)))
 
 
 def rms(rows: Tensor) -> Tensor:

@@ -169,10 +169,12 @@ def left(room: Room, items: list[int]) -> Role:
         yield room.end("weights1")
         yield room.end("left1")
         yield room.arrive("free_left1")
+        yield room.write("peak0", item)
         yield room.arrive("weights0")
         yield from room.meet("left", "weights1", COMPUTE)
-        yield room.begin("sum1", item)
-        yield room.end("sum1")
+        for buffer in ("sum1", "peak1"):
+            yield room.begin(buffer, item)
+            yield room.end(buffer)
 
 
 def right(room: Room, items: list[int]) -> Role:
@@ -213,13 +215,15 @@ def right(room: Room, items: list[int]) -> Role:
             yield room.end("right1")
             yield room.arrive("free_right1")
         yield room.write("sum1", item)
+        yield room.write("peak1", item)
         if room.fault == "arrive before meeting":
             yield room.arrive("weights1")
         yield from room.meet("right", "weights0", COMPUTE)
         if room.fault != "arrive before meeting":
             yield room.arrive("weights1")
-        yield room.begin("sum0", item)
-        yield room.end("sum0")
+        for buffer in ("sum0", "peak0"):
+            yield room.begin(buffer, item)
+            yield room.end(buffer)
 
 
 def load_left(room: Room, items: list[int]) -> Role:
@@ -231,13 +235,14 @@ def load_left(room: Room, items: list[int]) -> Role:
                 if used:
                     yield from room.meet("load_left", "query", LOADER)
                 yield room.load("query", item)
-            if used and not (room.fault == "no wait" and pair == 2):
+                for barrier in ("free_left0", "free_left1") if used else ():
+                    yield from room.meet("load_left", barrier, LOADER)
+                yield room.load("weights1", ("q", item))
+            elif not (room.fault == "no wait" and pair == 2):
                 yield from room.meet("load_left", "free_left0", LOADER)
             yield room.load("left0", (item, pair))
-            if used:
+            if pair > 0:
                 yield from room.meet("load_left", "free_left1", LOADER)
-            if pair == 0:
-                yield room.load("weights1", ("q", item))
             yield room.load("left1", (item, pair))
             used = True
     for barrier in ("query", "free_left0", "free_left1") if used else ():

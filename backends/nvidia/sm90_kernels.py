@@ -33,6 +33,7 @@ from portable_mla.backends.nvidia.sm90_room_kernels import (
 )
 from portable_mla.backends.nvidia.sm90_score_kernels import (
     ACC,
+    ACC_ROW,
     SCORES,
     SCORES_ROW,
     WEIGHTS_OPERAND,
@@ -43,7 +44,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     wait_query,
     zero_tails,
 )
-from portable_mla.backends.nvidia.sm90_store_kernels import store_item
+from portable_mla.backends.nvidia.sm90_store_kernels import row_peak, store_item
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -61,8 +62,10 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     opaque,
     prefetch_line,
     publish_barriers,
+    wait_for_previous_kernel,
 )
 from portable_mla.backends.triton.decode_kernels import LOG2_E, START_MAX
+from portable_mla.metadata.split_kernels import ITEM_FIELDS
 
 
 @gluon.jit
@@ -151,10 +154,13 @@ def left_warpgroup(
             room.sum0.store(row_sum)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             arrive(FREE_LEFT_1, RELEASE_THREADS)
+            peak = row_peak(acc)
+            room.peak0.store(peak)
             arrive(WEIGHTS_0, PAIR_THREADS)
             meet(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum1.load(SCORES_ROW)
-        store_item(acc, row_max, row_sum, work, index, results, 0, HEADS)
+            peak = gl.maximum(peak, room.peak1.load(ACC_ROW))
+            store_item(acc, row_max, row_sum, peak, work, index, results, 0, HEADS)
 
 
 @gluon.jit
@@ -233,10 +239,13 @@ def right_warpgroup(
                 position -= 2 * BLOCK
             query_phase ^= 1
             room.sum1.store(row_sum)
+            peak = row_peak(acc)
+            room.peak1.store(peak)
             meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
             arrive(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum0.load(SCORES_ROW)
-        store_item(acc, row_max, row_sum, work, index, results, HALF, HEADS)
+            peak = gl.maximum(peak, room.peak0.load(ACC_ROW))
+            store_item(acc, row_max, row_sum, peak, work, index, results, HALF, HEADS)
 
 
 @gluon.jit(do_not_specialize=["tokens", "page_rows", "max_rows", "stride_lse_token", "stride_lse_head"])
@@ -268,14 +277,13 @@ def sm90_decode_kernel(
     ROW_TILES: gl.constexpr,
     QUERY_ROWS: gl.constexpr,
     PREFETCH: gl.constexpr,  # ask L2 for the next pair of blocks ahead of its load
+    DEPENDENT: gl.constexpr,  # may be launched before the kernel before it has ended
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups
     LOADER_REGISTERS: gl.constexpr,
 ):
     """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
     pid = gl.program_id(0)
     part = pid // ROW_TILES
-    prefetch_line(part_indptr_ptr + part)
-    prefetch_line(table_header_ptr)
     work = Work(items_ptr, part_indptr_ptr + part, (pid % ROW_TILES) * BLOCK)
     cache = Cache(kv_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
     room = new_room(q_desc.dtype)
@@ -284,6 +292,11 @@ def sm90_decode_kernel(
         stride_out_head, stride_lse_token, stride_lse_head,
     )  # fmt: skip
     publish_barriers()
+    if DEPENDENT:
+        wait_for_previous_kernel()
+    prefetch_line(part_indptr_ptr + part)
+    prefetch_line(table_header_ptr)
+    prefetch_line(items_ptr + part * ITEM_FIELDS)
     scale = softmax_scale * LOG2_E
     # constants stay constants only in tuples that are not named
     gl.warp_specialize(

@@ -90,6 +90,14 @@ def _load_query(q_desc, q_row, room, QUERY_ROWS: gl.constexpr):
 
 
 @gluon.jit
+def _load_query_rope(q_desc, q_row, room, QUERY_ROWS: gl.constexpr):
+    """Ahead of the keys: behind those of all programs it came last, and no score is complete without it."""
+    mbarrier.expect(room.query_rope_full, BLOCK * QUERY_ROWS * 2)
+    part = room.weights1.index(0).slice(0, QUERY_ROWS, 0)
+    tma_load(q_desc, [q_row, LATENT], room.query_rope_full, part)
+
+
+@gluon.jit
 def _prefetch(cache, row_ptr, position, item, first_row, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """Bring a block of the next pair into L2, a stretch of memory for each of its boxes; the first row tile does it."""
     BOX: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
@@ -120,15 +128,16 @@ def load_left(
                 if used > 0:
                     meet(FREE_QUERY, QUERY_THREADS)
                 _load_query(q_desc, q_row, room, QUERY_ROWS)
-            if used > 0:
+                if used > 0:
+                    meet(FREE_LEFT_0, RELEASE_THREADS)
+                    meet(FREE_LEFT_1, RELEASE_THREADS)
+                if ROPE:
+                    _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
+            else:
                 meet(FREE_LEFT_0, RELEASE_THREADS)
             _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, True, PAGE_SIZE)
-            if used > 0:
+            if step > 0:
                 meet(FREE_LEFT_1, RELEASE_THREADS)
-            if ROPE and step == 0:
-                mbarrier.expect(room.query_rope_full, BLOCK * QUERY_ROWS * 2)
-                part = room.weights1.index(0).slice(0, QUERY_ROWS, 0)
-                tma_load(q_desc, [q_row, LATENT], room.query_rope_full, part)
             exists = position + BLOCK < item.kv_end
             _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, exists, PAGE_SIZE)
             if PREFETCH:

@@ -9,8 +9,8 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import new_barrier, new_barr
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 
 BLOCK = gl.constexpr(64)  # keys of a block, and rows of a program
-TILE_BLOCKS = gl.constexpr(2)  # blocks of a tile of the plan
 LATENT = gl.constexpr(512)
+TILE_BLOCKS = gl.constexpr(2)  # blocks of a tile of the plan
 HALF = gl.constexpr(256)  # latent columns that one warpgroup sums
 
 
@@ -50,10 +50,12 @@ class Room:
     max1: gl.shared_memory_descriptor
     sum0: gl.shared_memory_descriptor
     sum1: gl.shared_memory_descriptor
+    peak0: gl.shared_memory_descriptor
+    peak1: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_full, query_rope_full, even, odd, weights0, weights1, max0, max1, sum0, sum1
+        self, query, query_full, query_rope_full, even, odd, weights0, weights1, max0, max1, sum0, sum1, peak0, peak1
     ):  # fmt: skip
         self.query = query
         self.query_full = query_full
@@ -66,6 +68,8 @@ class Room:
         self.max1 = max1
         self.sum0 = sum0
         self.sum1 = sum1
+        self.peak0 = peak0
+        self.peak1 = peak1
 
 
 @aggregate
@@ -190,6 +194,7 @@ def new_room(DTYPE: gl.constexpr):
     return Room(
         new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_block(DTYPE), new_block(DTYPE),
         new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(), new_vector(), new_vector(),
+        new_vector(), new_vector(),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from portable_mla.backend import DecodeInputs
 from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
 from portable_mla.backends.nvidia.sm90_portable import PortablePath
 from portable_mla.backends.nvidia.sm90_tile import Sm90Tile, sm90_tile
-from portable_mla.backends.triton.combine import Combine, allocate_partials, partial_bytes, partial_sizes
+from portable_mla.backends.triton.combine import Combine, Partials
 from portable_mla.backends.triton.runner import plan_shape
 from portable_mla.backends.triton.tile import Tile, row_tiles
 from portable_mla.launch import KernelLaunch, alignment
@@ -32,7 +32,8 @@ _ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=2 * BLOCK, num_warps=4, num_stages=
 def sm90_plan_shape(request: Request) -> PlanShape:
     """The split plan of the Gluon kernel."""
     shape = plan_shape(request, _ROWS_AND_KEYS)
-    return replace(shape, min_tiles=sm90_tile(request.shape.heads * shape.block_q).min_tiles)
+    tile = sm90_tile(request.shape.heads * shape.block_q)
+    return replace(shape, min_tiles=tile.min_tiles, overhead=tile.overhead, merge_cost=tile.merge_cost)
 
 
 class Sm90Runner:
@@ -49,11 +50,12 @@ class Sm90Runner:
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._tile = tile or sm90_tile(self._rows)
         self._grid = (self.plan_shape.parts * row_tiles(self._rows, _ROWS_AND_KEYS),)
-        self._partial_sizes = partial_sizes(request, self.plan_shape)
+        narrow = self._tile.narrow and request.shape.q_dtype is torch.bfloat16
+        self._partial_sizes = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
         constants = self.decode_constants()
         self._query_box: int = constants["QUERY_ROWS"]
         self._decode = KernelLaunch(sm90_decode_kernel, constants)
-        self._combine = Combine(request, dependent=self._tile.dependent)
+        self._combine = Combine(request, self.plan_shape.parts, narrow=narrow, dependent=self._tile.dependent)
         self._portable = PortablePath(request, portable)
         self._metadata: DecodeMetadata | None = None
         self._partials: tuple[Tensor, Tensor] | None = None
@@ -67,13 +69,13 @@ class Sm90Runner:
     def plan(self, metadata: DecodeMetadata) -> None:
         """The plan is the metadata's; the first one also allocates the partial results."""
         if self._partials is None:
-            self._partials = allocate_partials(self._partial_sizes, metadata.batch.device)
+            self._partials = self._partial_sizes.allocate(metadata.batch.device)
         self._metadata = metadata
         self._portable.plan(metadata)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the partial results, and of what odd queries or caches have needed so far."""
-        memory = {"split partials": partial_bytes(self._partial_sizes)}
+        memory = {"split partials": self._partial_sizes.nbytes}
         if self._dense_q is not None:
             memory["query copy"] = self._dense_q.nbytes
         return memory | self._portable.memory()
@@ -110,7 +112,9 @@ class Sm90Runner:
             "HEADS": shape.heads, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
             "BLOCK_Q": self.plan_shape.block_q, "ROW_TILES": row_tiles(self._rows, _ROWS_AND_KEYS),
             "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK), "PREFETCH": tile.prefetch,
+            "DEPENDENT": tile.early,
             "REGISTERS": tile.registers, "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
+            "launch_pdl": tile.early,
         }  # fmt: skip
 
     def _query_rows(self, q: Tensor) -> TensorDescriptor:

@@ -6,13 +6,24 @@ from triton.experimental.gluon import language as gl
 from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT
 from portable_mla.backends.nvidia.sm90_score_kernels import ACC_ROW, SCORES_ROW
 from portable_mla.backends.nvidia.sm90_sync_kernels import opaque
+from portable_mla.backends.triton.combine_kernels import NARROW_STATS, WIDE_STATS
 from portable_mla.backends.triton.decode_kernels import LN_2
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 from portable_mla.metadata.status_kernels import QUERY_TOKENS
 
-# The accumulator after one exchange between neighbouring lanes: a lane's columns come in fours, and a store instruction
-# writes 64 bytes of each of its rows instead of 32. Stores took 2.5 of the 10 us of (1, 128, 1024), a line a cycle.
-WIDE = gl.constexpr(
+# The accumulator after exchanges between neighbouring lanes, for stores of 16 bytes: 16-bit and 32-bit values. Stores
+# took 2.5 of the 10 us of (1, 128, 1024), a line a cycle. Predicted 3 us at (32, 64, 4096) for 32-bit values in the
+# order of registers, whole lines: 71.9 against 71.4. Dropped.
+COLUMNS_OF_8 = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 256],
+    )
+)
+COLUMNS_OF_4 = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
         lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
@@ -21,6 +32,13 @@ WIDE = gl.constexpr(
         shape=[64, 256],
     )
 )
+LEAST_PEAK = gl.constexpr(2.0**-120)  # its reciprocal is finite
+
+
+@gluon.jit
+def row_peak(acc):
+    """The largest magnitude of each row."""
+    return gl.max(gl.abs(acc), 1)
 
 
 @gluon.jit
@@ -34,7 +52,8 @@ def _store_stats(row_max, row_sum, row, valid, slot, query_start, results, HEADS
         lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
         gl.store(results.lse_ptr + lse_row, lse, mask=valid)
     else:
-        stats_ptr = results.partial_stats_ptr + 2 * (slot.to(gl.int64) * results.max_rows + row)
+        STATS: gl.constexpr = WIDE_STATS if results.partial_out_ptr.dtype.element_ty == gl.float32 else NARROW_STATS
+        stats_ptr = results.partial_stats_ptr + STATS * (slot.to(gl.int64) * results.max_rows + row)
         gl.store(stats_ptr, row_max, mask=valid)
         gl.store(stats_ptr + 1, row_sum, mask=valid)
 
@@ -47,8 +66,42 @@ def _report_missing(results, request, end):
 
 
 @gluon.jit
+def _store_whole(acc, rows, query_start, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+    """The result of a unit that was not cut."""
+    out = gl.convert_layout(acc, COLUMNS_OF_4).to(results.out_ptr.dtype.element_ty)
+    out = gl.convert_layout(out, COLUMNS_OF_8)
+    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, COLUMNS_OF_8))
+    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, COLUMNS_OF_8))
+    token = query_start + row // HEADS
+    out_row = token.to(gl.int64) * results.stride_out_token
+    out_row += (row % HEADS).to(gl.int64) * results.stride_out_head
+    gl.store(results.out_ptr + out_row[:, None] + column[None, :].to(gl.int64), out, mask=(row < rows)[:, None])
+
+
+@gluon.jit
+def _store_piece(acc, peak, rows, slot, work, results, FIRST: gl.constexpr):
+    """A partial result: float32, or float16 in units of each row's peak, which loses 2**-12 of what bfloat16 does."""
+    NARROW: gl.constexpr = results.partial_out_ptr.dtype.element_ty != gl.float32
+    LAYOUT: gl.constexpr = COLUMNS_OF_8.value if NARROW else COLUMNS_OF_4.value
+    if NARROW:
+        peak = gl.maximum(peak, gl.full_like(peak, LEAST_PEAK))
+        acc = acc * (1.0 / peak)[:, None]
+        if FIRST == 0:
+            peak_row = work.first_row + gl.arange(0, BLOCK, ACC_ROW)
+            peak_ptr = results.partial_stats_ptr + NARROW_STATS * (slot.to(gl.int64) * results.max_rows + peak_row) + 2
+            gl.store(peak_ptr, peak, mask=peak_row < rows)
+    value = gl.convert_layout(acc, COLUMNS_OF_4).to(results.partial_out_ptr.dtype.element_ty)
+    value = gl.convert_layout(value, LAYOUT)
+    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT))
+    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))
+    slot_row = (slot.to(gl.int64) * results.max_rows + row) * LATENT
+    partial_ptr = results.partial_out_ptr + slot_row[:, None] + column[None, :].to(gl.int64)
+    gl.store(partial_ptr, value, mask=(row < rows)[:, None])
+
+
+@gluon.jit
 def store_item(
-    acc, row_max, row_sum, work, index, results, FIRST: gl.constexpr, HEADS: gl.constexpr
+    acc, row_max, row_sum, peak, work, index, results, FIRST: gl.constexpr, HEADS: gl.constexpr
 ):  # fmt: skip
     """Normalises and writes columns FIRST..FIRST + 255; the left warpgroup also writes what the rows summed to.
 
@@ -61,20 +114,12 @@ def store_item(
     query_end = query_start + gl.load(item_ptr + 6)
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
     total = gl.where(row_sum == 0.0, gl.full_like(row_sum, 1.0), row_sum)
-    acc = acc * gl.convert_layout(1.0 / total, ACC_ROW)[:, None]
-    acc = gl.convert_layout(acc, WIDE)
-    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, WIDE))
-    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, WIDE))
-    valid = row < rows
+    norm = gl.convert_layout(1.0 / total, ACC_ROW)
+    acc = acc * norm[:, None]
     if slot < 0:
-        token = query_start + row // HEADS
-        out_row = token.to(gl.int64) * results.stride_out_token
-        out_row += (row % HEADS).to(gl.int64) * results.stride_out_head
-        out = acc.to(results.out_ptr.dtype.element_ty)
-        gl.store(results.out_ptr + out_row[:, None] + column[None, :].to(gl.int64), out, mask=valid[:, None])
+        _store_whole(acc, rows, query_start, work, results, FIRST, HEADS)
     else:
-        slot_row = (slot.to(gl.int64) * results.max_rows + row) * LATENT
-        gl.store(results.partial_out_ptr + slot_row[:, None] + column[None, :].to(gl.int64), acc, mask=valid[:, None])
+        _store_piece(acc, peak * norm, rows, slot, work, results, FIRST)
     if FIRST == 0:
         row = work.first_row + gl.arange(0, BLOCK, SCORES_ROW)
         _store_stats(row_max, row_sum, row, row < rows, slot, query_start, results, HEADS)

@@ -50,6 +50,12 @@ def meet(barrier, threads, _semantic=None):
 
 
 @core.extern
+def wait_for_previous_kernel(_semantic=None):
+    """Wait until the kernel before has ended and its writes can be seen: a dependent launch does not by itself."""
+    _statement("griddepcontrol.wait", _semantic)
+
+
+@core.extern
 def launch_dependents(_semantic=None):
     """Let a kernel launched as dependent begin; its own wait holds it back until this grid has ended."""
     _statement("griddepcontrol.launch_dependents", _semantic)

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 class Sm90Tile:
     """The options of one launch."""
 
-    min_tiles: int = 2  # 128-key tiles of the shortest part
+    min_tiles: int = 1  # 128-key tiles of the shortest part
+    overhead: int = 1  # what starting a unit costs, in such tiles
+    merge_cost: int = 24  # what merging a piece of a unit costs, in 256ths of such a tile
     prefetch: bool = False  # ask L2 for the next pair of blocks
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
+    narrow: bool = True  # partial results of bfloat16 in float16, in units of their row's peak
+    early: bool = True  # a program sets itself up while the kernel before ends
     dependent: bool = True  # the combine starts while the last programs decode
 
 
@@ -24,7 +28,7 @@ def sm90_tile(rows: int) -> Sm90Tile:
     if rows <= 64:
         # Partial results are small: (1, 16, 8192) 14.2 with parts of one tile, 16.4 with two. Prefetching was predicted
         # to keep more bytes in flight, and lost 7 % at (128, 16, 4096): 246, without 229
-        return Sm90Tile(min_tiles=1)
+        return Sm90Tile(merge_cost=15)
     if rows <= 128:
         # (1, 128, 8192) 19.7, with parts of one tile 24.5. Both programs that share a part wait for the same memory,
         # and L2 can have it: (128, 128, 4096) 269, without prefetching 286; 319 where it asked with evict_first, since

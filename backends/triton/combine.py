@@ -1,56 +1,65 @@
-"""Combine: the second launch of a split decode, for few rows or for many; shared by the runners of split plans."""
+"""Combine: the second launch of a split decode; shared by the runners of split plans."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from portable_mla.backends.triton.combine_kernels import combine_kernel
-from portable_mla.backends.triton.tile import CombineTile, grouped_combine, spread_combine
+from portable_mla.backends.triton.combine_kernels import NARROW_STATS, WIDE_STATS, combine_kernel
+from portable_mla.backends.triton.tile import CombineTile, combine_tiles
 from portable_mla.launch import KernelLaunch
 from portable_mla.metadata.split_plan import PlanShape
 from portable_mla.shape import Request
 
-# Combining fewer columns than this many a unit, one-warp programs hide more latency than wide ones save traffic. H100:
-# spread is 2.7x faster at (batch 1, 128 heads, 8192) and 5 % slower at (128, 64, 4096); they meet near 64 x 128.
-SPREAD_COLUMNS = 64 * 128
-
-PartialSizes = tuple[tuple[int, int, int], tuple[int, int, int]]
+MANY_PIECES = 10  # a unit, on average
+GROUPED_COLUMNS = 4096 * 512 // 132  # an SM or CU, from which programs of one row are too many
 
 
-def partial_sizes(request: Request, plan_shape: PlanShape) -> PartialSizes:
-    """Partial results [slots, rows, latent], and their maximum and sum [slots, rows, 2], both float32."""
-    slots, rows = plan_shape.max_slots, request.shape.heads * plan_shape.block_q
-    return (slots, rows, request.shape.latent_dim), (slots, rows, 2)
+@dataclass(frozen=True)
+class Partials:
+    """Sizes of the partial results of a plan. Each row has its maximum and sum beside it, and its peak where it is
+    float16, in units of that peak."""
 
+    slots: int
+    rows: int
+    latent_dim: int
+    dtype: torch.dtype
 
-def allocate_partials(sizes: PartialSizes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Partial results, and their maximum and sum."""
-    out, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
-    return out, stats
+    @classmethod
+    def of(cls, request: Request, plan_shape: PlanShape, dtype: torch.dtype = torch.float32) -> Partials:
+        """What any plan of this shape needs."""
+        rows = request.shape.heads * plan_shape.block_q
+        return cls(plan_shape.max_slots, rows, request.shape.latent_dim, dtype)
 
+    @property
+    def _stats(self) -> int:
+        return int((WIDE_STATS if self.dtype == torch.float32 else NARROW_STATS).value)
 
-def partial_bytes(sizes: PartialSizes) -> int:
-    """Bytes that `allocate_partials` takes."""
-    return sum(4 * slots * rows * width for slots, rows, width in sizes)
+    @property
+    def nbytes(self) -> int:
+        """Bytes that `allocate` takes."""
+        return self.slots * self.rows * (self.latent_dim * self.dtype.itemsize + self._stats * 4)
+
+    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Partial results [slots, rows, latent], and float32 [slots, rows, 2 or 3]."""
+        out = torch.empty(self.slots, self.rows, self.latent_dim, dtype=self.dtype, device=device)
+        return out, torch.empty(self.slots, self.rows, self._stats, dtype=torch.float32, device=device)
 
 
 class Combine:
     """Merges partial results, and defines the rows that no decode program wrote.
 
-    dependent: NVIDIA's programmatic dependent launch; the decode kernel says when the combine may begin.
+    parts: of the split plan. narrow: partial results are float16. dependent: NVIDIA's programmatic dependent launch;
+    the decode kernel says when the combine may begin.
     """
 
-    def __init__(self, request: Request, *, dependent: bool = False) -> None:
-        self._request, self._dependent = request, dependent
-        wave, latent_dim = request.arch.wave, request.shape.latent_dim
-        most_spread = SPREAD_COLUMNS * request.arch.units // (request.shape.heads * latent_dim)
-        # One combine for all batch sizes where results must not depend on the batch.
-        self.most_spread_tokens = request.capacity.max_query_tokens if request.deterministic else most_spread
-        tiles = {"spread": spread_combine(), "grouped": grouped_combine(latent_dim, wave)}
+    def __init__(self, request: Request, parts: int, *, narrow: bool = False, dependent: bool = False) -> None:
+        self._request, self._parts, self._dependent = request, parts, dependent
+        tiles = combine_tiles(request.shape.latent_dim, request.arch.wave, narrow=narrow)
         self._programs = {kind: self._programs_a_token(tile) for kind, tile in tiles.items()}
         self.constants = {kind: self._constants(tile) for kind, tile in tiles.items()}
         self._launches = {
@@ -73,7 +82,11 @@ class Combine:
         )  # fmt: skip
 
     def _kind(self, tokens: int) -> str:
-        return "spread" if tokens <= self.most_spread_tokens else "grouped"
+        shape = self._request.shape
+        if tokens * MANY_PIECES < self._parts or self._request.deterministic:  # nothing may depend on the batch
+            return "spread"
+        grouped = tokens * shape.heads * shape.latent_dim > GROUPED_COLUMNS * self._request.arch.units
+        return "grouped" if grouped else "rows"
 
     def _programs_a_token(self, tile: CombineTile) -> int:
         shape = self._request.shape
@@ -84,5 +97,6 @@ class Combine:
         options = {"launch_pdl": True} if self._dependent else {}
         return {
             "LATENT": self._request.shape.latent_dim, "BLOCK_D": tile.block_d, "BLOCK_R": tile.block_r,
-            "BLOCK_S": tile.block_s, "DEPENDENT": self._dependent, "num_warps": tile.num_warps, **options,
+            "BLOCK_S": tile.block_s, "FEW": tile.few, "DEPENDENT": self._dependent, "num_warps": tile.num_warps,
+            **options,
         }  # fmt: skip

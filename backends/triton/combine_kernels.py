@@ -6,6 +6,9 @@ import triton.language as tl
 from portable_mla.backends.triton.decode_kernels import LN_2, START_MAX
 from portable_mla.metadata.split_kernels import FAULTY, FINAL, TOKEN_FIELDS
 
+WIDE_STATS = tl.constexpr(2)  # numbers beside a row of float32
+NARROW_STATS = tl.constexpr(3)  # and beside one of float16
+
 
 @triton.jit
 def _wait_for_previous_kernel():
@@ -16,11 +19,41 @@ def _wait_for_previous_kernel():
     tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.jit
+def _merge(
+    partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Base-2 maximum and sum of each row, and its weighted sum of partial results, over a run of slots."""
+    NARROW: tl.constexpr = partial_out_ptr.dtype.element_ty != tl.float32
+    STATS: tl.constexpr = NARROW_STATS if NARROW else WIDE_STATS
+    largest = tl.full([row.shape[0]], START_MAX, tl.float32)
+    total = tl.zeros([row.shape[0]], tl.float32)
+    acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for first in range(slot_lo, slot_hi, BLOCK_S):
+        slot = first + tl.arange(0, BLOCK_S)
+        slot_row = slot.to(tl.int64)[:, None] * max_rows + row[None, :]
+        mask = (slot < slot_hi)[:, None] & row_valid[None, :]
+        stats_ptr = partial_stats_ptr + STATS * slot_row
+        row_max = tl.load(stats_ptr, mask=mask, other=START_MAX)
+        row_sum = tl.load(stats_ptr + 1, mask=mask, other=0.0)
+        slot_row_ptr = partial_out_ptr + slot_row * LATENT
+        part = tl.load(slot_row_ptr[:, :, None] + column[None, None, :], mask=mask[:, :, None], other=0.0)
+        new_largest = tl.maximum(largest, tl.max(row_max, 0))
+        rescale = tl.exp2(largest - new_largest)
+        weight = row_sum * tl.exp2(row_max - new_largest[None, :])
+        scaled = weight * tl.load(stats_ptr + 2, mask=mask, other=0.0) if NARROW else weight
+        acc = acc * rescale[:, None] + tl.sum(part * scaled[:, :, None], 0)
+        total = total * rescale + tl.sum(weight, 0)
+        largest = new_largest
+    return largest, total, acc
+
+
 @triton.jit(do_not_specialize=["heads", "max_rows"])
 def combine_kernel(
     token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi or -1 (already final) or -2 (faulty), index in the unit, _
-    partial_out_ptr,  # [slots, max_rows, LATENT] float32
-    partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of each row's peak
+    partial_stats_ptr,  # [slots, max_rows, 2 or 3] float32: base-2 maximum, sum, peak
     out_ptr,  # [tokens, heads, LATENT]
     lse_ptr,  # [tokens, heads] float32, natural log
     heads,
@@ -33,9 +66,10 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    FEW: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched before the decode kernel ends; the plan is older than both
 ):
-    """One program merges BLOCK_D columns of BLOCK_R heads of one token, BLOCK_S splits at a time."""
+    """One program merges BLOCK_D columns of BLOCK_R heads of a token, BLOCK_S splits at a time or up to FEW at once."""
     token = tl.program_id(0)
     first_head = (tl.program_id(1) // (LATENT // BLOCK_D)) * BLOCK_R
     first_column = (tl.program_id(1) % (LATENT // BLOCK_D)) * BLOCK_D
@@ -48,23 +82,14 @@ def combine_kernel(
         row_valid = head < heads
         row = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 2) * heads + head
         column = first_column + tl.arange(0, BLOCK_D)
-        largest = tl.full([BLOCK_R], START_MAX, tl.float32)
-        acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        total = tl.zeros([BLOCK_R], tl.float32)
-        for first in range(slot_lo, slot_hi, BLOCK_S):
-            slot = first + tl.arange(0, BLOCK_S)
-            slot_row = slot.to(tl.int64)[:, None] * max_rows + row[None, :]
-            mask = (slot < slot_hi)[:, None] & row_valid[None, :]
-            row_max = tl.load(partial_stats_ptr + 2 * slot_row, mask=mask, other=START_MAX)
-            row_sum = tl.load(partial_stats_ptr + 2 * slot_row + 1, mask=mask, other=0.0)
-            slot_row_ptr = partial_out_ptr + slot_row * LATENT
-            part = tl.load(slot_row_ptr[:, :, None] + column[None, None, :], mask=mask[:, :, None], other=0.0)
-            new_largest = tl.maximum(largest, tl.max(row_max, 0))
-            rescale = tl.exp2(largest - new_largest)
-            weight = row_sum * tl.exp2(row_max - new_largest[None, :])
-            acc = acc * rescale[:, None] + tl.sum(part * weight[:, :, None], 0)
-            total = total * rescale + tl.sum(weight, 0)
-            largest = new_largest
+        if FEW == BLOCK_S or slot_hi - slot_lo <= FEW:
+            largest, total, acc = _merge(
+                partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, FEW
+            )
+        else:
+            largest, total, acc = _merge(
+                partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, BLOCK_S
+            )
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         acc = tl.where(slot_hi == FAULTY, float("nan"), acc)

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.triton.combine import Combine, allocate_partials, partial_bytes, partial_sizes
+from portable_mla.backends.triton.combine import Combine, Partials
 from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.tile import Tile, amd_options, count_parts, query_block, row_tiles
 from portable_mla.launch import KernelLaunch, alignment
@@ -50,8 +50,8 @@ class TritonRunner:
         self.plan_shape = plan_shape(request, tile)
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._grid = (self.plan_shape.parts * row_tiles(self._rows, tile),)
-        self._partial_sizes = partial_sizes(request, self.plan_shape)
-        self.combine = Combine(request)
+        self._partial_sizes = Partials.of(request, self.plan_shape)
+        self.combine = Combine(request, self.plan_shape.parts)
         self._launches: dict[str, KernelLaunch] = {}
         self._metadata: DecodeMetadata | None = None
         self._partials: tuple[Tensor, Tensor] | None = None
@@ -64,13 +64,13 @@ class TritonRunner:
     def plan(self, metadata: DecodeMetadata) -> None:
         """The plan is the metadata's; the first one also allocates the partial results and chooses the launches."""
         if self._partials is None:
-            self._partials = allocate_partials(self._partial_sizes, metadata.batch.device)
+            self._partials = self._partial_sizes.allocate(metadata.batch.device)
             self._launches = self._bind_launches(metadata.debug)
         self._metadata = metadata
 
     def memory(self) -> dict[str, int]:
         """Bytes of the partial results: rows that are split, in float32."""
-        return {"split partials": partial_bytes(self._partial_sizes)}
+        return {"split partials": self._partial_sizes.nbytes}
 
     def run(
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None

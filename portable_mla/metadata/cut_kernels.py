@@ -64,8 +64,9 @@ def cut_units(start, tiles, cuts, MIN_PIECE: tl.constexpr, FIXED_TILES: tl.const
 
 @triton.jit
 def share_of_a_part(
-    lens, parts, min_tiles, OVERHEAD: tl.constexpr, BLOCK_Q: tl.constexpr, QUERY_BLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr, FIXED_TILES: tl.constexpr, MAX_PIECES: tl.constexpr, SCAN: tl.constexpr,
+    lens, parts, min_tiles, OVERHEAD: tl.constexpr, MERGE_COST: tl.constexpr, BLOCK_Q: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, FIXED_TILES: tl.constexpr, MAX_PIECES: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     """Cost of one part, and what starting a unit costs."""
     tiles_sum = 0
@@ -79,12 +80,12 @@ def share_of_a_part(
     if FIXED_TILES > 0:
         return tl.maximum((tiles_sum + starts * OVERHEAD + parts - 1) // parts, 1), OVERHEAD
     else:
-        return _balanced_share(tiles_sum, starts, longest, parts, min_tiles, OVERHEAD)
+        return _balanced_share(tiles_sum, starts, longest, parts, min_tiles, OVERHEAD, MERGE_COST)
 
 
 @triton.jit
-def _balanced_share(tiles_sum, units, longest, parts, min_tiles, OVERHEAD: tl.constexpr):
-    """Starting costs nothing where parts are as short as allowed.
+def _balanced_share(tiles_sum, units, longest, parts, min_tiles, OVERHEAD: tl.constexpr, MERGE_COST: tl.constexpr):
+    """Starting costs nothing where parts are as short as is worth it.
 
     Units that are all as long are cut alike, or not at all, where that makes no part longer by over a sixteenth; starts
     are free where each has two parts, since each of its pieces has one. (H100, ragged: free starts cost 32 requests of
@@ -93,9 +94,12 @@ def _balanced_share(tiles_sum, units, longest, parts, min_tiles, OVERHEAD: tl.co
     same = longest * units == tiles_sum
     overhead = tl.where(same & (units * 2 <= parts), 0, OVERHEAD)
     share = tl.maximum((tiles_sum + units * overhead + parts - 1) // parts, 1)
-    short = share < min_tiles + overhead
+    # a part of s tiles and the merge of longest / s pieces take least time together at the root
+    merged = tl.sqrt_rn((longest * MERGE_COST // 256).to(tl.float32)).to(tl.int32)
+    least = tl.maximum(min_tiles, merged)
+    short = share < least + overhead
     overhead = tl.where(short, 0, overhead)
-    share = tl.where(short, tl.maximum((tiles_sum + parts - 1) // parts, min_tiles), share)
+    share = tl.where(short, tl.maximum((tiles_sum + parts - 1) // parts, least), share)
     cost = tl.maximum(longest + overhead, 1)
     pieces = tl.maximum(cost // share, 1)
     even = tl.where(share < cost, (cost + pieces - 1) // pieces, (share + cost - 1) // cost * cost)

@@ -189,6 +189,7 @@ def plan_splits_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OVERHEAD: tl.constexpr,
+    MERGE_COST: tl.constexpr,
     MIN_PIECE: tl.constexpr,
     FIXED_TILES: tl.constexpr,
     MAX_PIECES: tl.constexpr,
@@ -211,7 +212,7 @@ def plan_splits_kernel(
     cells = _load_cells(row_ptr, columns, 0, BLOCK_C)
 
     share, overhead = share_of_a_part(
-        lens, parts, min_tiles, OVERHEAD, BLOCK_Q, QUERY_BLOCKS, BLOCK_N, FIXED_TILES, MAX_PIECES, SCAN
+        lens, parts, min_tiles, OVERHEAD, MERGE_COST, BLOCK_Q, QUERY_BLOCKS, BLOCK_N, FIXED_TILES, MAX_PIECES, SCAN
     )
     cuts = (share, overhead, parts)
     cost, items, slots, tokens_before, last_part = carry_before(

@@ -1,6 +1,6 @@
 """SplitPlan: how the KV tiles of a ragged batch are cut over a fixed number of programs, on the device.
 
-The units, blocks of query tokens of one request, lie on a line of cost, tiles + OVERHEAD_TILES each, and part p of P
+The units, blocks of query tokens of one request, lie on a line of cost, tiles + overhead each, and part p of P
 owns the stretch [p, p + 1) * share. A plan for any lengths up to capacity fits the same launch grid, so a captured
 graph stays right. The idea of planning on the device is FlashMLA's (DeepSeek, 2025).
 """
@@ -18,7 +18,7 @@ from portable_mla.metadata.batch import PagedBatch
 from portable_mla.metadata.split_kernels import ITEM_FIELDS, TOKEN_FIELDS, plan_splits_kernel
 from portable_mla.metadata.status import Status
 
-OVERHEAD_TILES = 4  # what starting a unit costs, in tiles
+OVERHEAD_TILES = 4  # what starting a unit costs, in tiles, where the backend does not say
 MIN_PIECE_TILES = 1  # a cut leaves at least this many tiles on both sides; a part has at least twice as many
 PIECES_PER_STEP = 32
 CELLS_PER_STEP = 128
@@ -35,7 +35,8 @@ class PlanShape:
     """What a plan is sized by.
 
     parts: programs along the KV; block_n: tokens of a tile; min_tiles: of a part; block_q: query tokens of a unit;
-    fixed: each unit is cut by its own length alone, so that its result has the same bits in any batch.
+    fixed: each unit is cut by its own length alone, so that its result has the same bits in any batch; overhead: what
+    starting a unit costs, in tiles; merge_cost: what merging a piece of a unit costs, in 256ths of a tile.
     """
 
     parts: int
@@ -47,6 +48,8 @@ class PlanShape:
     block_n: int
     min_tiles: int
     fixed: bool = False
+    overhead: int = OVERHEAD_TILES
+    merge_cost: int = 0
 
     @property
     def query_blocks(self) -> int:
@@ -162,7 +165,8 @@ def plan_constants(shape: PlanShape, page_size: int) -> dict[str, int]:
     scan = min(max(_power_of_2(shape.max_units), 64), UNITS_PER_SCAN)
     return {
         "BLOCK_Q": shape.block_q, "BLOCK_T": _power_of_2(shape.block_q), "QUERY_BLOCKS": shape.query_blocks,
-        "PAGE_SIZE": page_size, "BLOCK_N": shape.block_n, "OVERHEAD": OVERHEAD_TILES, "MIN_PIECE": MIN_PIECE_TILES,
+        "PAGE_SIZE": page_size, "BLOCK_N": shape.block_n, "OVERHEAD": shape.overhead, "MIN_PIECE": MIN_PIECE_TILES,
+        "MERGE_COST": shape.merge_cost,
         "FIXED_TILES": shape.fixed_tiles, "MAX_PIECES": FIXED_PIECES, "BLOCK_U": shape.units_per_program,
         "BLOCK_P": PIECES_PER_STEP, "BLOCK_C": CELLS_PER_STEP, "SCAN": scan,
         "num_warps": 1 if scan <= ONE_WARP_UNITS else 4,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from portable_mla.metadata.split_plan import MIN_PIECE_TILES, OVERHEAD_TILES, PlanShape
+from portable_mla.metadata.split_plan import MIN_PIECE_TILES, PlanShape
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,11 @@ def _share(tiles: list[int], shape: PlanShape) -> tuple[int, int]:
     """Cost of one part, and what starting a unit costs."""
     lengths = [count for count in tiles if count]
     same = len(set(lengths)) <= 1
-    overhead = 0 if same and len(lengths) * 2 <= shape.parts else OVERHEAD_TILES
+    overhead = 0 if same and len(lengths) * 2 <= shape.parts else shape.overhead
     share = max(-(-(sum(lengths) + overhead * len(lengths)) // shape.parts), 1)
-    if share < shape.min_tiles + overhead:
-        overhead, share = 0, max(-(-sum(lengths) // shape.parts), shape.min_tiles)
+    least = max(shape.min_tiles, math.isqrt(max(lengths, default=0) * shape.merge_cost // 256))
+    if share < least + overhead:
+        overhead, share = 0, max(-(-sum(lengths) // shape.parts), least)
     cost = max(lengths, default=0) + overhead
     even = -(-cost // max(cost // share, 1)) if share < cost else -(-share // max(cost, 1)) * cost
     return (even if lengths and same and even * 16 <= share * 17 else share), overhead
@@ -132,15 +134,15 @@ def _fixed(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
     """Cuts that depend on the unit alone; a piece belongs to the part in whose share it starts."""
     steps = [max(shape.fixed_tiles, -(-unit.tiles // shape.max_pieces)) for unit in units]
     counts = [-(-unit.tiles // step) for unit, step in zip(units, steps, strict=True)]
-    total = sum(unit.tiles + count * OVERHEAD_TILES for unit, count in zip(units, counts, strict=True))
+    total = sum(unit.tiles + count * shape.overhead for unit, count in zip(units, counts, strict=True))
     share, start, found = max(-(-total // shape.parts), 1), 0, []
     for unit, step, count in zip(units, steps, counts, strict=True):
-        starts = [start + index * (step + OVERHEAD_TILES) for index in range(count)]
+        starts = [start + index * (step + shape.overhead) for index in range(count)]
         found.append(
             [
                 Piece(min(at // share, shape.parts - 1), index * step, min(index * step + step, unit.tiles))
                 for index, at in enumerate(starts)
             ]
         )
-        start += unit.tiles + count * OVERHEAD_TILES
+        start += unit.tiles + count * shape.overhead
     return found

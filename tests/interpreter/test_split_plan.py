@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portable_mla.metadata import Limits, PagedBatch, Status
-from portable_mla.metadata.split_plan import OVERHEAD_TILES, PlanShape, SplitPlan
+from portable_mla.metadata.split_plan import PlanShape, SplitPlan
 from portable_mla.metadata.split_reference import Plan, plan_splits_reference
 
 UNWRITTEN = -12345
@@ -84,6 +85,8 @@ def plan_cases(draw: st.DrawFn, parts: int, longest_batch: int, *, fixed: bool =
         block_n=draw(st.sampled_from([16, 32, 64])),
         min_tiles=draw(st.sampled_from([2, 4, 8])),
         fixed=fixed,
+        overhead=draw(st.sampled_from([0, 1, 4])),
+        merge_cost=draw(st.sampled_from([0, 15, 256])),
     )
     faulty = [bad and kv_len > 0 for kv_len, _, bad in batch]
     return PlanCase([kv_len for kv_len, _, _ in batch], query_lens, shape, max_query_len, faulty)
@@ -171,7 +174,9 @@ def test_no_part_is_longer_than_its_share(parts: int) -> None:
     @given(plan_cases(parts, longest_batch=300))
     def holds(case: PlanCase) -> None:
         plan, tiles = case.defined(), case.tiles.values()
-        fair = max(-(-(sum(tiles) + len(tiles) * OVERHEAD_TILES) // parts), case.shape.min_tiles + OVERHEAD_TILES)
+        shape = case.shape
+        least = max(shape.min_tiles, math.isqrt(max(tiles, default=0) * shape.merge_cost // 256))
+        fair = max(-(-(sum(tiles) + len(tiles) * shape.overhead) // parts), least + shape.overhead)
         for start, stop in itertools.pairwise(plan.part_indptr):
             assert sum(high - low for _, low, high, *_ in plan.items[start:stop]) <= fair * 17 // 16 + 1
 
