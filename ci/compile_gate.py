@@ -30,9 +30,11 @@ from ci.cross_compile import (
     Resources,
     compile_combine,
     compile_decode,
+    compile_finish,
     compile_gluon,
     compile_plan,
     compile_ragged,
+    compile_step,
 )
 from ci.prefill_variants import prefill_variants
 from portable_mla.backends.amd import tiles as amd_tiles
@@ -149,6 +151,9 @@ def variants(arch: str) -> dict[str, Job]:
         ("plan", functools.partial(compile_plan, ragged, tile)),
         ("plan fixed", functools.partial(compile_plan, replace(ragged, deterministic=True), tile)),
         ("ragged", functools.partial(compile_ragged, request)),
+        ("vendor step", functools.partial(compile_step, request)),
+        ("vendor rows", functools.partial(compile_finish, request, copied=False)),
+        ("vendor rows copied", functools.partial(compile_finish, request, copied=True)),
     ]
     if gluon := gluon_requests(arch):
         jobs += [(name, functools.partial(_gluon_resources, request)) for name, request in gluon.items()]

@@ -23,6 +23,8 @@ from portable_mla.backends.triton.prefill_runner import TritonPrefill
 from portable_mla.backends.triton.prefill_tile import PrefillTile
 from portable_mla.backends.triton.runner import TritonRunner, plan_shape
 from portable_mla.backends.triton.tile import Tile
+from portable_mla.backends.vendor.step import finish_constants, prepare_constants
+from portable_mla.backends.vendor.step_kernels import finish_rows_kernel, prepare_step_kernel
 from portable_mla.device import Arch
 from portable_mla.merge import merge_constants
 from portable_mla.merge_kernels import merge_kernel
@@ -180,6 +182,21 @@ def compile_ragged(request: Request) -> Resources:
     """The kernel that writes ragged token indices, for a ragged batch without positions of its own."""
     constants = ragged_constants(request.shape.page_size, 1) | {"given_positions_ptr": None}
     return _compile(write_ragged_kernel, request.arch, _index_types(write_ragged_kernel), constants)
+
+
+def compile_step(request: Request) -> Resources:
+    """The kernel that copies a ragged batch and its page table for a vendor's library."""
+    constants = prepare_constants(request.shape.page_size)
+    return _compile(prepare_step_kernel, request.arch, _index_types(prepare_step_kernel), constants)
+
+
+def compile_finish(request: Request, *, copied: bool) -> Resources:
+    """The kernel that finishes a library's rows. copied: the library could not write into the result."""
+    constants = finish_constants(request.shape.latent_dim, copied) | ({} if copied else {"from_out_ptr": None})
+    dtype, types = f"*{DTYPES[request.shape.q_dtype]}!", _default_types(finish_rows_kernel)
+    types |= {"from_out_ptr": dtype, "out_ptr": dtype, "states_ptr": "*i32!", "natural_per_unit": "fp32"}
+    types |= {"stride_out_token": "i32!", "stride_out_head": "i32!"}
+    return _compile(finish_rows_kernel, request.arch, types, constants | {"stride_lse_head": 1})
 
 
 def _index_types(kernel: Any) -> dict[str, str]:

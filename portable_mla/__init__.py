@@ -11,6 +11,7 @@ from portable_mla.device import arch_of as arch_of
 from portable_mla.dispatch import Explanation as Explanation
 from portable_mla.dispatch import explain as explain
 from portable_mla.dispatch import select as select
+from portable_mla.errors import BackendError as BackendError
 from portable_mla.errors import CacheFull as CacheFull
 from portable_mla.errors import GraphCaptureError as GraphCaptureError
 from portable_mla.errors import NoBackend as NoBackend

@@ -57,8 +57,8 @@ class MLAAttention:
         )
         check_q_dtype(shape.q_dtype, shape.cache_format)
         forced = backend or settings.backend
-        self.explanation: Explanation = explain(self.request, forced)
-        self._backend = select(self.request, forced)
+        self.explanation: Explanation = explain(self.request, forced, settings.disable)
+        self._backend = select(self.request, forced, settings.disable)
         self._runner = decode_runner(self._backend, self.request)
         self._status = Status.allocate(self._device)
         self._buffers = self._new_buffers()

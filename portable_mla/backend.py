@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -63,6 +63,15 @@ class Backend(Protocol):
 
     def bind(self, request: Request) -> Runner | PrefillRunner:
         """A runner of the request's phase for every step that fits `request`; allocates what outlives a step."""
+        ...
+
+
+@runtime_checkable
+class LibraryBackend(Backend, Protocol):
+    """A backend whose kernels come from a library that is imported when it is about to be chosen, and not before."""
+
+    def reasons_not_loadable(self) -> tuple[str, ...]:
+        """Import the library, once: why that fails, or what the calls it offers lack; empty if it can serve."""
         ...
 
 

@@ -7,13 +7,14 @@ import importlib
 import logging
 from dataclasses import dataclass
 
-from portable_mla.backend import Backend
+from portable_mla.backend import Backend, LibraryBackend
 from portable_mla.device import Vendor
 from portable_mla.errors import NoBackend
 from portable_mla.registry import BACKENDS, ORDER
 from portable_mla.shape import Request
 
 _LOG = logging.getLogger("portable_mla")
+DISABLED = "disabled by PORTABLE_MLA_DISABLE"
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,32 @@ def load(name: str, vendor: Vendor) -> Backend:
     return backend
 
 
-def explain(request: Request, backend: str | None = None) -> Explanation:
+def explain(request: Request, backend: str | None = None, disabled: frozenset[str] = frozenset()) -> Explanation:
     """Ask every backend registered for the request's architecture, or only `backend`, which never falls back.
 
+    disabled: names that are refused without being asked. A vendor library is imported only where it would be chosen.
     Raises ValueError with the known names for an unknown `backend`.
     """
     order = ORDER[request.arch.name]
-    if backend is None:
-        return Explanation(request, tuple(_ask(name, request) for name in order))
-    if backend not in BACKENDS:
+    if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in order:
-        return Explanation(request, (_ask(backend, request),), forced=True)
-    reason = f"not registered for {request.arch.name}, whose backends are {', '.join(order)}"
-    return Explanation(request, (Candidate(backend, (reason,)),), forced=True)
+    if backend is not None and backend not in order:
+        reason = f"not registered for {request.arch.name}, whose backends are {', '.join(order)}"
+        return Explanation(request, (Candidate(backend, (reason,)),), forced=True)
+    candidates: list[Candidate] = []
+    for name in order if backend is None else (backend,):
+        chosen = any(not candidate.reasons for candidate in candidates)
+        candidates.append(Candidate(name, (DISABLED,) if name in disabled else _reasons(name, request, chosen)))
+    return Explanation(request, tuple(candidates), forced=backend is not None)
 
 
 @functools.lru_cache(maxsize=1024)
-def select(request: Request, backend: str | None = None) -> Backend:
-    """The best backend for `request`, or exactly `backend`.
+def select(request: Request, backend: str | None = None, disabled: frozenset[str] = frozenset()) -> Backend:
+    """The best backend for `request`, or exactly `backend`; none that is `disabled`.
 
     Raises NoBackend, with the request and every reason, when none can serve.
     """
-    explanation = explain(request, backend)
+    explanation = explain(request, backend, disabled)
     if explanation.chosen is None:
         alone = " (it was asked for by name, so no other was tried)" if explanation.forced else ""
         raise NoBackend(f"no backend can serve{alone}: {explanation}")
@@ -83,6 +87,10 @@ def select(request: Request, backend: str | None = None) -> Backend:
     return load(explanation.chosen, request.arch.vendor)
 
 
-def _ask(name: str, request: Request) -> Candidate:
+def _reasons(name: str, request: Request, chosen: bool) -> tuple[str, ...]:
+    """Why a backend cannot serve; one that comes after the chosen one is not made to import its library."""
     backend = load(name, request.arch.vendor)
-    return Candidate(name, backend.reasons_unavailable() + backend.reasons_unsupported(request))
+    reasons = backend.reasons_unavailable() + backend.reasons_unsupported(request)
+    if reasons or chosen or not isinstance(backend, LibraryBackend):
+        return reasons
+    return backend.reasons_not_loadable()

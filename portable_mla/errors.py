@@ -9,6 +9,13 @@ class UnsupportedDevice(NoBackend):
     """The device, or the named architecture, is one this library has no kernels for."""
 
 
+class BackendError(RuntimeError):
+    """A vendor library failed in a call, or returned what its contract does not allow; its own error is the cause.
+
+    Nothing is tried again: after an error on the device its memory cannot be trusted.
+    """
+
+
 class PlanMismatch(ValueError):
     """A call does not fit what was planned: names the field, the planned value and the one it got."""
 

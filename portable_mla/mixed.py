@@ -77,8 +77,8 @@ class MixedAttention:
             decode.arch, shape, Phase.prefill, capacity.max_query_len, False, decode.deterministic, capacity
         )
         self._forced = backend or settings.backend
-        self.explanation: Explanation = explain(self.request, self._forced)
-        self._runner = prefill_runner(select(self.request, self._forced), self.request)
+        self.explanation: Explanation = explain(self.request, self._forced, settings.disable)
+        self._runner = prefill_runner(select(self.request, self._forced, settings.disable), self.request)
         self._status = Status.allocate(self.decodes.device)
         self._offsets = DecodeBuffers(capacity, shape.page_size, Needs(query_indptr=True), self._status)
         self._context_lens = torch.zeros(capacity.max_batch, dtype=torch.int32, device=self.decodes.device)

@@ -176,7 +176,7 @@ def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: 
     q, kv_cache, batch = arguments.q, arguments.kv_cache, arguments.batch
     settings = Settings.from_env()
     request = arguments.request(deterministic or settings.deterministic)
-    chosen = select(request, backend or settings.backend)
+    chosen = select(request, backend or settings.backend, settings.disable)
     if q.shape[0] == 0:
         return
     if batch.size == 0:

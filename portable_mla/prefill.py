@@ -91,7 +91,7 @@ def serve_prefill(
     request = arguments.request(
         deterministic=deterministic or settings.deterministic, float32_out=out.dtype != q.dtype
     )  # fmt: skip
-    chosen = select(request, backend or settings.backend)
+    chosen = select(request, backend or settings.backend, settings.disable)
     if q.device.type == "cpu" or settings.debug:
         arguments.check_values()
     if q.shape[0]:

@@ -5,24 +5,30 @@ as strings and loaded when asked for."""
 BACKENDS: dict[str, str] = {
     "gluon": "portable_mla.backends.{vendor}.gluon:BACKEND",
     "triton": "portable_mla.backends.{vendor}.triton:BACKEND",
+    "flashmla": "portable_mla.backends.{vendor}.flashmla:BACKEND",
+    "flash_attn3": "portable_mla.backends.{vendor}.flash_attn3:BACKEND",
+    "flashinfer": "portable_mla.backends.{vendor}.flashinfer:BACKEND",
+    "aiter": "portable_mla.backends.{vendor}.aiter:BACKEND",
+    "aiter_persistent": "portable_mla.backends.{vendor}.aiter:PERSISTENT",
     "cpu": "portable_mla.backends.cpu:BACKEND",
     "reference": "portable_mla.backends.reference:BACKEND",
 }
 
-# The reference ends every row: right for any request, fast for none, and logged when it is chosen.
+# The reference ends every row: right for any request, fast for none, and logged when it is chosen. Libraries of vendors
+# come after our own kernels until they are measured to be faster through their adapters, and serve by name.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "sm80": ("triton", "reference"),
-    "sm86": ("triton", "reference"),
-    "sm89": ("triton", "reference"),
+    "sm80": ("triton", "flashinfer", "reference"),
+    "sm86": ("triton", "flashinfer", "reference"),
+    "sm89": ("triton", "flashinfer", "reference"),
     # gluon is twice as fast from 64 heads on and level below; triton serves what it refuses (deterministic, other
     # geometries).
-    "sm90": ("gluon", "triton", "reference"),
-    "sm100": ("triton", "reference"),
-    "sm103": ("triton", "reference"),
-    "sm120": ("triton", "reference"),
-    "sm121": ("triton", "reference"),
+    "sm90": ("gluon", "triton", "flashmla", "flash_attn3", "flashinfer", "reference"),
+    "sm100": ("triton", "flashinfer", "reference"),
+    "sm103": ("triton", "flashinfer", "reference"),
+    "sm120": ("triton", "flashinfer", "reference"),
+    "sm121": ("triton", "flashinfer", "reference"),
     "gfx90a": ("triton", "reference"),
-    "gfx942": ("triton", "reference"),
-    "gfx950": ("triton", "reference"),
+    "gfx942": ("triton", "aiter", "reference"),
+    "gfx950": ("triton", "aiter", "aiter_persistent", "reference"),
 }

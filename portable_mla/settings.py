@@ -26,9 +26,11 @@ class Settings:
     prefill_workspace: bytes of expanded context that a chunked prefill holds at once, where the caller gives no memory.
     require: architecture that must be present, or the test run stops (a GPU job cannot pass by skipping).
     hypothesis: property-test profile.
+    disable: backends that are no candidates.
     """
 
     backend: str | None = None
+    disable: frozenset[str] = frozenset()
     deterministic: bool = False
     persistent_metadata: bool = True
     debug: bool = False
@@ -50,9 +52,11 @@ class Settings:
             variable = VARIABLES.get(name)
             if variable is None:
                 raise ValueError(f"{name}: unknown variable; allowed: {', '.join(VARIABLES)}")
-            if text.lower() not in variable.allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(variable.allowed)}, got {text!r}")
-            values[variable.field] = variable.parse(text.lower())
+            words = [word.strip() for word in text.lower().split(",")] if variable.several else [text.lower()]
+            if any(word not in variable.allowed for word in words):
+                kind = "a comma list" if variable.several else "one"
+                raise ValueError(f"{name}: expected {kind} of {', '.join(variable.allowed)}, got {text!r}")
+            values[variable.field] = frozenset(words) if variable.several else variable.parse(words[0])
         return cls(**values)
 
 
@@ -65,6 +69,12 @@ class Variable:
     default: str
     doc: str
     parse: Callable[[str], Any] = str
+    several: bool = False  # a comma list of the allowed values
+
+    @property
+    def values(self) -> str:
+        """What may be said, for a table."""
+        return ("comma list of " if self.several else "") + ", ".join(self.allowed)
 
 
 def _switch(field: str, default: str, doc: str) -> Variable:
@@ -74,6 +84,9 @@ def _switch(field: str, default: str, doc: str) -> Variable:
 VARIABLES: dict[str, Variable] = {
     f"{PREFIX}BACKEND": Variable(
         "backend", tuple(BACKENDS), "best supported", "serve every call with this backend, or raise `NoBackend`"
+    ),
+    f"{PREFIX}DISABLE": Variable(
+        "disable", tuple(BACKENDS), "none", "never serve with these backends; `explain` says so", several=True
     ),
     f"{PREFIX}DETERMINISTIC": _switch("deterministic", "0", "a row's bits never depend on the rest of the batch"),
     f"{PREFIX}PERSISTENT_METADATA": _switch(

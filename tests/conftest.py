@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.errors import Unsatisfiable
 
-from portable_mla import Settings, UnsupportedDevice, arch_of
+from portable_mla import NoBackend, Settings, UnsupportedDevice, arch_of
 from tests.targets import Target, local_targets
 
 # A backend of few geometries refuses most cases, which the tests then leave out.
@@ -68,6 +69,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(marker) and not _present(marker):
                 item.add_marker(pytest.mark.skip(reason=f"needs {_MARKERS[marker]}; this is {_local_arch()}"))
                 break
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A library's refusal, which is made before anything is launched, is a skip that says why."""
+    try:
+        return (yield)
+    except (NoBackend, Unsatisfiable) as refusal:
+        callspec = getattr(item, "callspec", None)
+        target = None if callspec is None else callspec.params.get("target")
+        if isinstance(target, Target) and target.of_a_library:
+            pytest.skip(f"{target} refuses every case: {refusal}")
+        raise
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ def environment() -> str:
     """One row a variable."""
     rows = ["| variable | values | default | meaning |", "|---|---|---|---|"]
     for name, variable in VARIABLES.items():
-        rows.append(f"| `{name}` | {', '.join(variable.allowed)} | {variable.default} | {variable.doc} |")
+        rows.append(f"| `{name}` | {variable.values} | {variable.default} | {variable.doc} |")
     return "\n".join(rows)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from portable_mla import UnsupportedDevice, arch_of, explain, mla_decode, select
 from portable_mla.arguments import DecodeArguments
-from portable_mla.backend import decode_runner
+from portable_mla.backend import LibraryBackend, decode_runner
 from portable_mla.backends import reference
+from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, Status
 from portable_mla.registry import ORDER
 from tests import acceptance
@@ -27,6 +28,11 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.backend}-on-{self.device}"
+
+    @property
+    def of_a_library(self) -> bool:
+        """Whether a vendor's library computes, whose refusals are many."""
+        return isinstance(load(self.backend, arch_of(self.device).vendor), LibraryBackend)
 
     def accepts(self, case: Case, *, deterministic: bool = False) -> bool:
         """Whether the backend serves the case, by its own word."""
@@ -95,13 +101,20 @@ class Target:
         )
 
 
+def is_here(backend: str, device: str) -> bool:
+    """Whether this machine's software can run a backend; only libraries may be missing."""
+    found = load(backend, arch_of(device).vendor)
+    return not isinstance(found, LibraryBackend) or not (found.reasons_unavailable() or found.reasons_not_loadable())
+
+
 def local_targets() -> tuple[Target, ...]:
-    """Every registered backend on every kind of device of this machine."""
+    """Every registered backend on every kind of device of this machine, without libraries that are not installed."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = []
     for device in devices:
         try:
-            found += [Target(device, backend) for backend in ORDER[arch_of(device).name]]
+            order = ORDER[arch_of(device).name]
+            found += [Target(device, backend) for backend in order if is_here(backend, device)]
         except UnsupportedDevice:
             continue
     return tuple(found)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from portable_mla.cli.packages import PACKAGES, state_of
+from portable_mla.cli.packages import PACKAGES
+from portable_mla.packages import state_of
 from portable_mla.registry import BACKENDS, ORDER
 from tests.invoking import invoke, invoke_json, run_module
 

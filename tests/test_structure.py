@@ -16,7 +16,7 @@ from portable_mla.device import ARCHS
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
-    ("errors", "cache_format", "registry"),
+    ("errors", "cache_format", "registry", "packages"),
     ("launch",),
     ("device",),
     ("shape", "settings"),
@@ -33,7 +33,8 @@ LAYERS = (
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-BACKENDS_MAY_IMPORT = {"device", "shape", "cache_format", "metadata", "backend", "errors", "launch"}
+BACKENDS_MAY_IMPORT = {"device", "shape", "cache_format", "metadata", "backend", "errors", "launch", "packages"}
+SHARED = ("triton", "vendor")  # folders of backends that the others may import
 
 
 def sources(folder: str) -> list[Path]:
@@ -76,7 +77,7 @@ def test_backends_import_the_contract_and_never_each_other(path: Path) -> None:
     family = path.relative_to(ROOT / "backends").parts[0].removesuffix(".py")
     for imported in imports(path):
         parts = imported.split(".")
-        shared = parts[:2] == ["backends", "triton"] or parts[:2] == ["backends", family]
+        shared = parts[0] == "backends" and parts[1] in (*SHARED, family)
         assert parts[0] in BACKENDS_MAY_IMPORT or shared, f"{path.name} imports {imported}"
 
 

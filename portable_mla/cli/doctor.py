@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from portable_mla.backend import Backend, LibraryBackend
 from portable_mla.cli import explain
-from portable_mla.cli.packages import PACKAGES, own_versions, state_of
+from portable_mla.cli.packages import PACKAGES, own_versions
 from portable_mla.cli.report import Section
 from portable_mla.device import ARCHS, Arch, LocalDevice, Vendor, local_devices, runtime
 from portable_mla.dispatch import load
+from portable_mla.packages import state_of
 from portable_mla.registry import BACKENDS, ORDER
 from portable_mla.settings import VARIABLES, Settings
 
@@ -93,10 +95,16 @@ def _in_force(name: str) -> str:
 def _backend_state(name: str) -> str:
     vendors: set[Vendor] = {ARCHS[arch].vendor for arch, order in ORDER.items() if name in order} or {"cpu"}
     try:
-        reasons = dict.fromkeys(reason for vendor in vendors for reason in load(name, vendor).reasons_unavailable())
+        reasons = dict.fromkeys(reason for vendor in vendors for reason in _reasons_not_here(load(name, vendor)))
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the doctor names a broken module, whatever it raises)
         return f"broken: {type(error).__name__}: {error}"
     return f"unavailable: {'; '.join(reasons)}" if reasons else "available"
+
+
+def _reasons_not_here(backend: Backend) -> tuple[str, ...]:
+    """Why this machine's software cannot run a backend; a vendor library is imported to find out."""
+    reasons = backend.reasons_unavailable()
+    return backend.reasons_not_loadable() if not reasons and isinstance(backend, LibraryBackend) else reasons
 
 
 def _serving(arch: Arch, settings: Settings, settings_error: str | None) -> dict[str, object]:

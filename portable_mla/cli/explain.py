@@ -105,7 +105,7 @@ def best_local_arch() -> Arch:
 def answer(request: Request, settings: Settings, backend: str | None = None) -> Explanation:
     """What dispatch says under these settings, as `MLAAttention` would ask it."""
     request = replace(request, deterministic=request.deterministic or settings.deterministic)
-    return explain(request, backend or settings.backend)
+    return explain(request, backend or settings.backend, settings.disable)
 
 
 def verdict(candidate: Candidate, explanation: Explanation) -> str:

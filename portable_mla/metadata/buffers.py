@@ -62,7 +62,7 @@ class DecodeBuffers:
         if self._ragged is not None:
             write = self._ragged.update_with_torch if self._in_torch else self._ragged.update
             write(batch, self._status, max_pages=pages)
-        return DecodeMetadata(batch, self._status, self._plan, self._ragged, self._debug)
+        return DecodeMetadata(batch, self._status, self._plan, self._ragged, self._debug, pages)
 
     def tensors(self) -> dict[str, tuple[Tensor, ...]]:
         """Every buffer, by the part it belongs to."""

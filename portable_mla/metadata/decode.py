@@ -37,3 +37,4 @@ class DecodeMetadata:
     split_plan: SplitPlan | None = None
     ragged: RaggedForms | None = None
     debug: bool = False  # kernels that read it assert on the device
+    max_pages: int = 2**31 - 1  # page ids are below it

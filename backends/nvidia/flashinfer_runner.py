@@ -1,0 +1,189 @@
+"""Runners over FlashInfer: its planned wrapper over page indices, and its single call over a page table."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portable_mla.backend import DecodeInputs
+from portable_mla.backends.vendor.calls import call, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.library import Loaded
+from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.errors import BackendError, NoBackend
+from portable_mla.metadata import DecodeMetadata
+from portable_mla.shape import Request
+
+NAME = "flashinfer"
+WRAPPER = "BatchMLAPagedAttentionWrapper"
+TABLE_CALL = "trtllm_batch_decode_with_kv_cache_mla"
+WORKSPACE_BYTES = 128 << 20
+NOPE_DIM = 128  # of the models that the geometry belongs to; the call asks for it and does not use it
+
+
+class WrapperRunner:
+    """Decode with the wrapper and its kernel fa2 or fa3, over our page indices, which it reads in place.
+
+    Its plan copies row pointers and lengths to the host and waits for them, so that neither a graph nor an overlap
+    survives a step; it also wants the softmax scale, so the first step is planned in its first call. Beside the
+    library's launches there is one that defines rows that it does not write.
+    """
+
+    def __init__(self, request: Request, loaded: Loaded, kernel: str) -> None:
+        self._shape, self._kernel, self._loaded = request.shape, kernel, loaded
+        self._tokens, self._causal = request.capacity.max_query_tokens, request.max_query_len > 1
+        self._structured = loaded.takes(f"{WRAPPER}.plan", "metadata")  # 0.7; 0.6 has flat arguments
+        self._step = Step(request, table=False)
+        self._metadata: DecodeMetadata | None = None
+        self._wrapper: Any = None
+        self._workspace: Tensor | None = None
+        self._lse: Tensor | None = None
+        self._scale: float | None = None
+        self._stale = True
+
+    @property
+    def graph_safe(self) -> bool:
+        """The library's plan reads lengths on the host."""
+        return False
+
+    def plan(self, metadata: DecodeMetadata) -> None:
+        """Describe the step, and have the library plan it, which waits for the device."""
+        if self._wrapper is None:
+            device = metadata.batch.device
+            self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            self._lse = torch.empty(self._tokens, self._shape.heads, dtype=torch.float32, device=device)
+            self._wrapper = call(
+                NAME, self._loaded.functions[WRAPPER], float_workspace_buffer=self._workspace, backend=self._kernel
+            )
+        self._step.plan(metadata)
+        self._metadata, self._stale = metadata, True
+        if self._scale is not None:
+            self._plan(self._scale)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the workspace, the lengths and LSE."""
+        own = sum(tensor.nbytes for tensor in (self._workspace, self._lse) if tensor is not None)
+        return self._step.memory() | {"library workspace": own}
+
+    def run(
+        self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
+    ) -> None:
+        """The library's launches, and one of ours."""
+        assert self._metadata is not None and self._lse is not None, "run before plan"
+        assert kv_scale is None, "refused by dispatch"
+        latent_dim = self._shape.latent_dim
+        cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
+        if max(*cache.stride(), *q.stride(), *out.stride()) >= 2**32:
+            raise NoBackend(f"{NAME}: needs strides below 2**32 elements, got {cache.stride()} of kv_cache")
+        self._step.ready(False, out, lse)
+        if self._step.fit(q) or self._stale or softmax_scale != self._scale:
+            self._plan(softmax_scale)
+        theirs = self._lse[: q.shape[0]]
+        queries, keys = (q[..., :latent_dim], q[..., latent_dim:]), (cache[..., :latent_dim], cache[..., latent_dim:])
+        inputs_ = (
+            {"query": queries, "kv_cache": keys}
+            if self._structured
+            else {"q_nope": queries[0], "q_pe": queries[1], "ckv_cache": keys[0], "kpe_cache": keys[1]}
+        )
+        returned = call(
+            NAME, self._wrapper.run, **inputs_, out=out, lse=theirs, return_lse=True, return_lse_base_on_e=True
+        )
+        if returned[0] is not out and returned[0].data_ptr() != out.data_ptr():
+            raise BackendError(f"{NAME}: returned another tensor than the out that it was given")
+        result(NAME, "out", returned[0], tuple(out.shape), q.dtype)
+        result(NAME, "lse", returned[1], tuple(lse.shape), torch.float32)
+        self._step.finish(VendorRows(theirs, (theirs.stride(0), 0, 1), 1), out, lse)
+
+    def _plan(self, softmax_scale: float) -> None:
+        metadata, shape = self._metadata, self._shape
+        assert metadata is not None and metadata.ragged is not None, "asked for in needs()"
+        batch, ragged = metadata.batch.size, metadata.ragged
+        assert ragged.kv_indptr is not None and ragged.kv_indices is not None, "asked for in needs()"
+        form = {
+            "qo_indptr": self._step.of(batch).query_indptr, "kv_indptr": ragged.kv_indptr[: batch + 1],
+            "kv_indices": ragged.kv_indices, "kv_len_arr": self._step.of(batch).kv_lens,
+        }  # fmt: skip
+        arguments: dict[str, Any] = {
+            "num_heads": shape.heads, "head_dim_ckv": shape.latent_dim, "head_dim_kpe": shape.rope_dim,
+            "page_size": shape.page_size, "causal": self._causal, "sm_scale": softmax_scale,
+            "q_data_type": shape.q_dtype, "kv_data_type": shape.cache_format.dtype,
+        }  # fmt: skip
+        if self._structured:
+            arguments |= {"query_layout": "split", "kv_cache_layout": "split", "lse_mode": "basee"}
+            arguments["metadata"] = call(NAME, _structured_metadata(), **form)
+        else:
+            arguments |= form
+        call(NAME, self._wrapper.plan, **arguments)
+        self._scale, self._stale = softmax_scale, False
+
+
+class TableRunner:
+    """Decode with the kernels that read a page table; nothing is planned on the host.
+
+    LSE comes in base 2 and is converted by our launch.
+    """
+
+    def __init__(self, request: Request, loaded: Loaded, kernel: str) -> None:
+        self._shape, self._query_len, self._kernel = request.shape, request.max_query_len, kernel
+        self._call = loaded.functions[TABLE_CALL]
+        self._tokens = request.capacity.max_query_tokens
+        self._step = Step(request, table=True)
+        self._workspace: Tensor | None = None
+        self._lse: Tensor | None = None
+
+    @property
+    def graph_safe(self) -> bool:
+        """Lengths and the page table are read on the device alone."""
+        return True
+
+    def plan(self, metadata: DecodeMetadata) -> None:
+        """Copy table and lengths to where they stay."""
+        if self._workspace is None:
+            device = metadata.batch.device
+            # Its semaphores must be 0 at first.
+            self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            self._lse = torch.empty(self._tokens, self._shape.heads, dtype=torch.float32, device=device)
+        self._step.plan(metadata)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the workspace, the table, the lengths and LSE."""
+        own = sum(tensor.nbytes for tensor in (self._workspace, self._lse) if tensor is not None)
+        return self._step.memory() | {"library workspace": own}
+
+    def run(
+        self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
+    ) -> None:
+        """The library's launches, and one of ours."""
+        assert self._lse is not None, "run before plan"
+        assert kv_scale is None, "refused by dispatch"
+        shape, query_len = self._shape, self._query_len
+        cache, q = wide_cache(NAME, inputs.kv_cache), inputs.q.contiguous()
+        in_place = out.is_contiguous()
+        self._step.ready(not in_place, out, lse)
+        self._step.fit(q)
+        batch, theirs = q.shape[0] // query_len, self._lse[: q.shape[0]]
+        step = self._step.of(batch)
+        own = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
+        returned = call(
+            NAME, self._call, query=q.view(batch, query_len, shape.heads, -1), kv_cache=cache,
+            workspace_buffer=self._workspace, qk_nope_head_dim=NOPE_DIM, kv_lora_rank=shape.latent_dim,
+            qk_rope_head_dim=shape.rope_dim, block_tables=step.table, seq_lens=step.kv_lens,
+            max_seq_len=self._step.width * shape.page_size, out=own.view(batch, query_len, shape.heads, -1),
+            bmm1_scale=softmax_scale, bmm2_scale=1.0, backend=self._kernel, lse=theirs, return_lse=True,
+        )  # fmt: skip
+        result(NAME, "lse", returned[1], tuple(lse.shape), torch.float32)
+        copied = None if in_place else own
+        rows = VendorRows(theirs, (theirs.stride(0), 0, 1), 1, copied, natural_per_unit=math.log(2))
+        self._step.finish(rows, out, lse)
+
+
+def _structured_metadata() -> Any:
+    """The constructor of 0.7's plan metadata from row pointers and indices."""
+    for module in ("flashinfer.mla", "flashinfer.mla._batch_mla"):
+        found = getattr(importlib.import_module(module), "MLAPlanMetadata", None)
+        if found is not None:
+            return found.csr
+    raise BackendError(f"{NAME}: its plan takes metadata, but flashinfer.mla has no MLAPlanMetadata")

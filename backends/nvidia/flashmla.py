@@ -1,0 +1,181 @@
+"""FlashMLA: the library's dense decode for Hopper, from any of its three homes.
+
+`flash_mla` upstream (gone from its release of 2026-09-30), the fork on PyPI called sgl-flash-mla, which keeps it behind
+`use_legacy`, and the build inside vLLM, which can write into a given result.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portable_mla.backend import DecodeInputs, Runner
+from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
+from portable_mla.backends.vendor.calls import call, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.library import Builds, Library, Loaded
+from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.cache_format import CacheFormat
+from portable_mla.errors import BackendError
+from portable_mla.metadata import DecodeMetadata, Needs
+from portable_mla.packages import Package
+from portable_mla.shape import Phase, Request
+
+PAGE_SIZE, GEOMETRY = 64, (512, 64)
+DECODE, PLAN = "flash_mla_with_kvcache", "get_mla_metadata"
+_CALLED = (
+    "q",
+    "k_cache",
+    "block_table",
+    "cache_seqlens",
+    "head_dim_v",
+    "tile_scheduler_metadata",
+    "num_splits",
+    "softmax_scale",
+    "causal",
+)
+_VLLM = "vllm.third_party.flashmla.flash_mla_interface"
+LIBRARIES = (
+    Library(
+        Package("flash_mla", "flash_mla", ("flash-mla", "sgl-flash-mla"), marks=("flash_mla_interface.py",)),
+        "flash_mla",
+        ((DECODE, _CALLED), (PLAN, ())),
+        "CUDA",
+    ),
+    Library(Package("vllm", "vllm", ("vllm",)), _VLLM, ((DECODE, _CALLED), (PLAN, ())), "CUDA", "third_party/flashmla"),
+)
+
+
+def _without_dense_decode(loaded: Loaded) -> tuple[str, ...]:
+    """Upstream removed what is called here; the parameter that came with that release tells, as do the forks' own."""
+    if loaded.takes(DECODE, "use_legacy") or loaded.takes(DECODE, "out"):
+        return ()
+    if loaded.takes(DECODE, "enable_batch_invariant"):
+        return (f"{loaded.library.name}: too new: dense decode was removed; the package sgl-flash-mla keeps it",)
+    return ()
+
+
+BUILDS = Builds(LIBRARIES, _without_dense_decode)
+
+
+class _FlashMLABackend:
+    def reasons_unavailable(self) -> tuple[str, ...]:
+        return BUILDS.reasons_unavailable()
+
+    def reasons_not_loadable(self) -> tuple[str, ...]:
+        return BUILDS.reasons_not_loadable()
+
+    def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
+        shape = request.shape
+        geometry = (shape.latent_dim, shape.rope_dim)
+        formats = (CacheFormat.bf16, CacheFormat.fp16)
+        checks = (
+            (request.phase is Phase.decode, f"needs phase decode, got {request.phase.value}"),
+            (request.arch.name == HOPPER, f"needs {HOPPER}, got {request.arch.name}"),
+            (geometry == GEOMETRY, f"needs latent+rope of 512+64, got {geometry[0]}+{geometry[1]}"),
+            (shape.page_size == PAGE_SIZE, f"needs page_size {PAGE_SIZE}, got {shape.page_size}"),
+            (shape.cache_format in formats, f"needs a bf16 or fp16 cache, got {shape.cache_format.name}"),
+            (
+                shape.q_dtype is shape.cache_format.dtype,
+                f"needs queries of the cache's dtype, got {shape.q_dtype} and {shape.cache_format.name}",
+            ),
+            (
+                request.uniform_queries,
+                f"needs uniform_queries: each request with the same number of query tokens, got up to "
+                f"{request.max_query_len}",
+            ),
+            (not request.deterministic, "needs deterministic off: where a context is split depends on the batch"),
+        )
+        return tuple(reason for holds, reason in checks if not holds)
+
+    def needs(self, request: Request) -> Needs:
+        return Needs(query_indptr=True)
+
+    def bind(self, request: Request) -> Runner:
+        return FlashMLARunner(request, BUILDS.first())
+
+
+class FlashMLARunner:
+    """Decode with FlashMLA; the schedule is the library's, made on the device by the first call of each step.
+
+    A captured call makes its own, so that a replay follows the lengths: one small launch more. Beside the library's
+    launches there is one that converts LSE from [batch, heads, query] and, where the library cannot write into a given
+    result, copies that too. Queries at odd strides are copied first.
+    """
+
+    def __init__(self, request: Request, loaded: Loaded) -> None:
+        self._shape, self._query_len = request.shape, request.max_query_len
+        self._name = loaded.library.name
+        self._decode, self._get_metadata = loaded.functions[DECODE], loaded.functions[PLAN]
+        self._plans_later = loaded.takes_anything(PLAN)
+        self._in_place = loaded.takes(DECODE, "out")
+        self._constant: dict[str, Any] = {"head_dim_v": request.shape.latent_dim, "causal": request.max_query_len > 1}
+        if loaded.takes(DECODE, "use_legacy"):
+            self._constant["use_legacy"] = True
+        if loaded.takes(DECODE, "is_fp8_kvcache"):
+            self._constant["is_fp8_kvcache"] = False
+        self._step = Step(request, table=True)
+        self._batch = 0
+        self._schedule: tuple[Any, Any] | None = None
+        self._stale = True
+
+    @property
+    def graph_safe(self) -> bool:
+        """Lengths and the page table are read on the device alone."""
+        return True
+
+    def plan(self, metadata: DecodeMetadata) -> None:
+        """Copy table and lengths to where they stay; the schedule follows with the first call."""
+        self._step.plan(metadata)
+        self._batch, self._stale = metadata.batch.size, True
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the table and the lengths; the library allocates its partial results in each call."""
+        return self._step.memory()
+
+    def run(
+        self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
+    ) -> None:
+        """The library's launches, and one of ours."""
+        assert kv_scale is None, "refused by dispatch"
+        name, heads, query_len = self._name, self._shape.heads, self._query_len
+        cache, q = wide_cache(name, inputs.kv_cache), wide_rows(inputs.q)
+        in_place = self._in_place and out.is_contiguous()
+        self._step.ready(not in_place, out, lse)
+        self._stale |= self._step.fit(q)
+        batch = q.shape[0] // query_len
+        step = self._step.of(batch)
+        schedule, splits = self._schedule_of(step.kv_lens)
+        results = call(
+            name, self._decode, q=q.view(batch, query_len, heads, -1), k_cache=cache.unsqueeze(2),
+            block_table=step.table, cache_seqlens=step.kv_lens, tile_scheduler_metadata=schedule, num_splits=splits,
+            softmax_scale=softmax_scale, **self._constant,
+            **({"out": out.view(batch, query_len, heads, -1)} if in_place else {}),
+        )  # fmt: skip
+        shape = (batch, query_len, heads, self._shape.latent_dim)
+        rows = result(name, "out", results[0], shape, q.dtype)
+        theirs = result(name, "lse", results[1], (batch, heads, query_len), torch.float32)
+        of_batch, of_head, of_query = theirs.stride()
+        copied = None if in_place else rows.contiguous().flatten(0, 1)
+        self._step.finish(VendorRows(theirs, (of_batch, of_query, of_head), query_len, copied), out, lse)
+
+    def _schedule_of(self, lens: Tensor) -> tuple[Any, Any]:
+        """The schedule of this step, or, in a capture, one that the capture makes."""
+        capturing = lens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._stale or capturing or self._schedule is None:
+            rows = self._query_len * self._shape.heads
+            # By position: the three have had other names, never another order.
+            arguments = () if self._plans_later else (lens, rows, 1)
+            made = call(self._name, functools.partial(self._get_metadata, *arguments))
+            if not isinstance(made, tuple) or len(made) != 2:
+                raise BackendError(f"{self._name}: returned {type(made).__name__} for its schedule, expected a pair")
+            if capturing:
+                return made
+            self._schedule, self._stale = made, False
+        assert self._schedule is not None
+        return self._schedule
+
+
+BACKEND = _FlashMLABackend()

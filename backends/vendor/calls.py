@@ -1,0 +1,84 @@
+"""Calls into a vendor library: its faults become BackendError, and its results are looked at before they are used."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portable_mla.errors import BackendError, NoBackend
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def call(library: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
+    """Call by keyword; whatever it raises is the cause of a BackendError."""
+    try:
+        return function(**arguments)
+    except Exception as error:  # a library may raise anything
+        raise BackendError(
+            f"{library}: {getattr(function, '__name__', 'its call')} raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def result(library: str, name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that the library returned; BackendError if it is none, or of another shape or dtype."""
+    if not isinstance(value, Tensor):
+        raise BackendError(f"{library}: returned {type(value).__name__} for {name}, expected a tensor")
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise BackendError(
+            f"{library}: returned {name} of shape {tuple(value.shape)} and {value.dtype}, expected {shape} and {dtype}"
+        )
+    return value
+
+
+def wide(tensor: Tensor) -> bool:
+    """Whether its address and outer strides are multiples of 16 bytes, as wide copies need."""
+    size = tensor.element_size()
+    strides = (stride * size for stride, extent in zip(tensor.stride()[:-1], tensor.shape, strict=False) if extent > 1)
+    return tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+
+
+def wide_cache(library: str, cache: Tensor) -> Tensor:
+    """The cache, if wide copies can read it; NoBackend, before anything is launched, if not."""
+    if not wide(cache):
+        raise NoBackend(
+            f"{library}: needs a kv_cache whose address and strides are multiples of 16 bytes, got address "
+            f"{cache.data_ptr():#x} and strides {cache.stride()}; triton takes any"
+        )
+    return cache
+
+
+def wide_rows(q: Tensor) -> Tensor:
+    """The queries, copied if wide copies could not read them."""
+    return q if wide(q) else q.contiguous()
+
+
+def keywords(
+    library: str,
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    *,
+    optional: tuple[str, ...] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The arguments under the names that this release of a function has.
+
+    optional: those that may be left out where it does not have them; renamed: other names of some. BackendError names
+    what it lacks, or asks for beside these.
+    """
+    parameters = inspect.signature(inspect.unwrap(function)).parameters
+    chosen: dict[str, Any] = {}
+    for name, value in arguments.items():
+        known = next((one for one in (name, (renamed or {}).get(name)) if one in parameters), None)
+        if known is not None:
+            chosen[known] = value
+        elif name not in optional:
+            raise BackendError(f"{library}: {getattr(function, '__name__', 'its call')} has no parameter {name}")
+    asked = [n for n, p in parameters.items() if p.default is p.empty and n not in chosen and p.kind in _NAMED]
+    if asked:
+        raise BackendError(f"{library}: {getattr(function, '__name__', 'its call')} needs {', '.join(asked)} too")
+    return chosen
