@@ -74,7 +74,7 @@ def test_a_prefill_whose_widths_nobody_published_is_refused_with_that_reason() -
     values = invoke_json("explain", "--arch", "sm90", "--model", "kimi-k3")
     assert values["chosen"] == "gluon"
     assert values["prefill"]["chosen"] is None
-    reasons = {candidate["name"]: candidate["reasons"] for candidate in values["prefill"]["candidates"]}
+    reasons = {candidate["backend"]: candidate["reasons"] for candidate in values["prefill"]["candidates"]}
     assert "needs nope+rope/v of 128+64/128, " in reasons["triton"][0]
 
 
