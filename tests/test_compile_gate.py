@@ -15,7 +15,10 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 from ci import compile_gate as gate
 from ci.cross_compile import Resources
-from portable_mla.backends.triton.backend import GEOMETRIES, MAX_HEADS, MAX_QUERY_LEN
+from portable_mla.backends.amd import tiles as amd_tiles
+from portable_mla.backends.nvidia import tiles as nvidia_tiles
+from portable_mla.backends.triton.backend import GEOMETRIES, MAX_HEADS, MAX_QUERY_LEN, PREFILL_GEOMETRIES
+from portable_mla.backends.triton.prefill_tile import PrefillTileRequest
 from portable_mla.backends.triton.tile import TileRequest, choose_tile
 from portable_mla.device import ARCHS
 
@@ -23,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 PAGE_SIZES = (1, 2, 16, 32, 48, 64, 128, 544)
 NAME = "decode 512+64 64x64w8s2 descriptor"
 BUDGET = Resources(registers=255, spills=16, loop_spills=0, shared=216 * 1024, matrix={"HGMMA": 76})
+PREFILL_RULES = nvidia_tiles.PREFILL_RULES | amd_tiles.PREFILL_RULES
 RECORDED = sorted(gate.read_budgets())
 
 
@@ -79,7 +83,22 @@ def test_every_request_has_a_rule_and_every_rule_a_request(arch: str) -> None:
 
 
 def test_every_architecture_with_a_gpu_has_rules() -> None:
-    assert set(gate.RULES) == set(ARCHS) - {"cpu"}
+    assert set(gate.RULES) == set(PREFILL_RULES) == set(ARCHS) - {"cpu"}
+
+
+@pytest.mark.parametrize("arch", gate.RULES)
+def test_every_prefill_geometry_has_a_rule_and_is_compiled_and_every_rule_has_a_geometry(arch: str) -> None:
+    rules, names = PREFILL_RULES[arch], list(gate.variants(arch))
+    used = set()
+    for nope, rope, v_dim in PREFILL_GEOMETRIES:
+        request = PrefillTileRequest(nope + rope, v_dim)
+        rule = next(rule for rule in rules if rule.when(request))
+        assert choose_tile(rules, request) is rule.tile
+        used.add(rule)
+        loads = {"pointer": ["pointer"], "descriptor": ["descriptor", "unaligned"]}[rule.tile.loads]
+        of_one = [name for name in names if name.startswith(f"prefill {nope}+{rope}/{v_dim} ")]
+        assert {name.split()[-1] for name in of_one} >= set(loads)
+    assert used == set(rules), "a rule that no geometry follows is dead"
 
 
 @pytest.mark.parametrize("arch", gate.RULES)
@@ -110,6 +129,6 @@ def test_a_kernel_of_each_vendor_compiles_within_its_budget() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     print(done.stdout, done.stderr)
     assert done.returncode == 0
-    assert "2 kernels" in done.stdout
+    assert "4 kernels" in done.stdout  # a decode and a prefill of each
     assert "HGMMA" in done.stdout
     assert "_f16" in done.stdout
