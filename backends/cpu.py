@@ -1,7 +1,8 @@
-"""The CPU backend: batched torch with an online softmax over chunks of pages, computed in float32.
+"""The CPU backend: batched torch with an online softmax over chunks of keys, computed in float32.
 
-Requests of similar length form a slab; a slab walks its context chunk by chunk, so that the gathered rows stay in
-cache, nothing is padded to the longest request, and no partial result is rounded below float32.
+In a decode, requests of similar length form a slab; a slab walks its context chunk by chunk, so that the gathered rows
+stay in cache, nothing is padded to the longest request, and no partial result is rounded below float32. A prefill walks
+blocks of one sequence's query tokens, for all heads at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs, Runner
+from portable_mla.backend import DecodeInputs, PrefillInputs, PrefillRunner, Runner
 from portable_mla.metadata import DecodeMetadata, Needs, PagedBatch
 from portable_mla.shape import Phase, Request
 
@@ -19,6 +20,7 @@ from portable_mla.shape import Phase, Request
 # the best of chunk {128, 256, 512} x slab {1, 2, 4, 8} is 13.3 / 11.7 / 13.0, and slab 1 takes 25 to 28.
 CHUNK_TOKENS = 256
 SLAB_REQUESTS = 8
+PREFILL_TOKENS = 128  # query tokens of a block; chunks of keys are CHUNK_TOKENS
 
 
 class _CpuBackend:
@@ -29,17 +31,46 @@ class _CpuBackend:
         cache_format = request.shape.cache_format
         checks = (
             (request.arch.vendor == "cpu", f"needs a CPU, got {request.arch.name}"),
-            (request.phase is Phase.decode, f"needs phase decode, got {request.phase.value}"),
-            (not cache_format.quantised, f"needs a bf16, fp16 or fp32 cache, got {cache_format.name}"),
+            (
+                request.phase is Phase.prefill or not cache_format.quantised,
+                f"needs a bf16, fp16 or fp32 cache, got {cache_format.name}",
+            ),
         )
-        return tuple(reason for holds, reason in checks if not holds)
+        return tuple(reason for holds, reason in checks if not holds) + request.unstated()
 
     def needs(self, request: Request) -> Needs:
         return Needs()
 
-    def bind(self, request: Request) -> Runner:
+    def bind(self, request: Request) -> Runner | PrefillRunner:
+        if request.phase is Phase.prefill:
+            return CpuPrefill()
         # A request that is computed alone, in chunks of a fixed size, has the same bits in any batch.
         return CpuRunner(request, slab_requests=1 if request.deterministic else SLAB_REQUESTS)
+
+
+class _Softmax:
+    """An online softmax over chunks of keys, in float32. rows: leading dimensions of the scores; width: of a value."""
+
+    def __init__(self, rows: tuple[int, int], width: int) -> None:
+        self._maximum = torch.full(rows, -torch.inf)
+        self._total = torch.zeros(rows)
+        self._acc = torch.zeros(*rows, width)
+
+    def fold(self, scores: Tensor, values: Tensor) -> None:
+        """Take in one chunk for the first rows. scores: [n, rows, keys], overwritten; values: [n, keys, width]."""
+        n = len(scores)
+        higher = torch.maximum(self._maximum[:n], scores.amax(dim=-1))
+        finite = higher.masked_fill(higher == -torch.inf, 0.0)
+        weights = scores.sub_(finite[..., None]).exp_()
+        rescale = torch.exp(self._maximum[:n] - finite)
+        self._maximum[:n] = higher
+        self._total[:n].mul_(rescale).add_(weights.sum(dim=-1))
+        self._acc[:n].mul_(rescale[..., None]).baddbmm_(weights, values)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """out [*rows, width] and lse [*rows]."""
+        out = self._acc.div_(self._total.masked_fill(self._total == 0, 1.0)[..., None])
+        return out, self._maximum.add_(torch.log(self._total))
 
 
 @dataclass(frozen=True)
@@ -118,9 +149,7 @@ class CpuRunner:
         heads, latent_dim = self._shape.heads, self._shape.latent_dim
         q = inputs.q[slab.tokens].float().mul_(softmax_scale).view(requests, query_len * heads, -1)
         last_seen = slab.last_seen.repeat_interleave(heads, dim=1)
-        maximum = torch.full(q.shape[:2], -torch.inf)
-        total = torch.zeros(q.shape[:2])
-        acc = torch.zeros(*q.shape[:2], latent_dim)
+        softmax = _Softmax((requests, query_len * heads), latent_dim)
         chunk = self._chunk_pages * self._shape.page_size
         for start in range(0, int(slab.kv_lens[0]), chunk):
             n = slab.active(start)
@@ -129,15 +158,8 @@ class CpuRunner:
             position = torch.arange(start, start + rows.shape[1])
             if start + rows.shape[1] > int(last_seen[:n].min()) + 1:
                 scores.masked_fill_(position > last_seen[:n, :, None], -torch.inf)
-            higher = torch.maximum(maximum[:n], scores.amax(dim=-1))
-            finite = higher.masked_fill(higher == -torch.inf, 0.0)
-            weights = scores.sub_(finite[..., None]).exp_()
-            rescale = torch.exp(maximum[:n] - finite)
-            maximum[:n] = higher
-            total[:n].mul_(rescale).add_(weights.sum(dim=-1))
-            acc[:n].mul_(rescale[..., None]).baddbmm_(weights, rows[..., :latent_dim])
-        out = acc.div_(total.masked_fill(total == 0, 1.0)[..., None])
-        lse = maximum.add_(torch.log(total))
+            softmax.fold(scores, rows[..., :latent_dim])
+        out, lse = softmax.results()
         return out.view(requests, query_len, heads, latent_dim), lse.view(requests, query_len, heads)
 
     def _gather(self, slab: _Slab, cache: Tensor, start: int, n: int) -> Tensor:
@@ -149,6 +171,47 @@ class CpuRunner:
             position = torch.arange(start, start + rows.shape[1])
             rows.masked_fill_((position >= slab.kv_lens[:n, None])[..., None], 0.0)
         return rows
+
+
+class CpuPrefill:
+    """Prefill on the CPU. A sequence's bits do not depend on the others."""
+
+    @property
+    def graph_safe(self) -> bool:
+        return False
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+    def run(self, inputs: PrefillInputs, out: Tensor, lse: Tensor, *, softmax_scale: float) -> None:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        offsets_q, offsets_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+        for index in range(inputs.sequences):
+            keys = slice(offsets_k[index], offsets_k[index + 1])
+            k_nope, k_pe, v = inputs.k_nope[keys], inputs.k_pe[keys], inputs.v[keys]
+            end = offsets_q[index + 1]
+            for start in range(offsets_q[index], end, PREFILL_TOKENS):
+                tokens = slice(start, min(start + PREFILL_TOKENS, end))
+                last_seen = len(v) - 1
+                if inputs.causal:
+                    last_seen = len(v) - end + torch.arange(tokens.start, tokens.stop)
+                q = (inputs.q[tokens].float() * softmax_scale).transpose(0, 1)
+                block, block_lse = self._attend(q, k_nope, k_pe, v, torch.as_tensor(last_seen))
+                out[tokens], lse[tokens] = block.transpose(0, 1).to(out.dtype), block_lse.T
+
+    def _attend(self, q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, last_seen: Tensor) -> tuple[Tensor, Tensor]:
+        """out [heads, n, v_dim] and lse [heads, n] of scaled queries [heads, n, nope + rope]; last_seen: [n] or []."""
+        nope_dim = k_nope.shape[2]
+        softmax = _Softmax((q.shape[0], q.shape[1]), v.shape[2])
+        for start in range(0, int(last_seen.max()) + 1, CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            scores = torch.bmm(q[..., :nope_dim], k_nope[chunk].float().permute(1, 2, 0))
+            scores += q[..., nope_dim:] @ k_pe[chunk].float().T
+            position = torch.arange(start, start + scores.shape[2])
+            scores.masked_fill_(position > last_seen[..., None], -torch.inf)
+            softmax.fold(scores, v[chunk].float().transpose(0, 1))
+        return softmax.results()
 
 
 BACKEND = _CpuBackend()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs, Runner
+from portable_mla.backend import DecodeInputs, PrefillInputs, PrefillRunner, Runner
 from portable_mla.cache_format import cache_format_of, dequantise_rows
 from portable_mla.metadata import DecodeMetadata, Needs, PagedBatch
 from portable_mla.shape import Phase, Request
@@ -18,9 +20,7 @@ def attend(q: Tensor, rows: Tensor, latent_dim: int, softmax_scale: float) -> tu
     Returns out [n, heads, latent] and lse [n, heads], natural log; rows with nothing to see give 0 and -inf.
     """
     scores = torch.einsum("nhd,kd->nhk", q, rows) * softmax_scale
-    scores = scores.masked_fill(_hidden(q.shape[0], rows.shape[0], q.device)[:, None, :], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    weights, lse = _softmax(scores, causal=True)
     return torch.einsum("nhk,kd->nhd", weights, rows[:, :latent_dim]), lse
 
 
@@ -32,15 +32,45 @@ def attend_unabsorbed(
     q: [n, heads, nope + rope]; rows: [kv_len, latent + rope]; w_uk: [heads, nope, latent]; w_uv: [heads, v, latent].
     Returns out [n, heads, v] and lse [n, heads].
     """
-    latent_dim, nope_dim = w_uk.shape[2], w_uk.shape[1]
+    latent_dim = w_uk.shape[2]
     k_nope = torch.einsum("kl,hnl->khn", rows[:, :latent_dim], w_uk)
     value = torch.einsum("kl,hvl->khv", rows[:, :latent_dim], w_uv)
+    return attend_expanded(q, k_nope, rows[:, latent_dim:], value, softmax_scale, causal=True)
+
+
+def attend_expanded(
+    q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, softmax_scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence over per-head keys and values, in the dtype of its inputs.
+
+    q: [n, heads, nope + rope], the last n tokens of the sequence; k_nope: [kv_len, heads, nope]; k_pe: [kv_len, rope];
+    v: [kv_len, heads, v_dim]. Returns out [n, heads, v_dim] and lse [n, heads].
+    """
+    nope_dim = k_nope.shape[2]
     scores = torch.einsum("nhd,khd->nhk", q[..., :nope_dim], k_nope)
-    scores = (scores + torch.einsum("nhd,kd->nhk", q[..., nope_dim:], rows[:, latent_dim:])) * softmax_scale
-    scores = scores.masked_fill(_hidden(q.shape[0], rows.shape[0], q.device)[:, None, :], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.einsum("nhk,khv->nhv", weights, value), lse
+    scores = (scores + torch.einsum("nhd,kd->nhk", q[..., nope_dim:], k_pe)) * softmax_scale
+    weights, lse = _softmax(scores, causal=causal)
+    return torch.einsum("nhk,khv->nhv", weights, v), lse
+
+
+def prefill(
+    inputs: PrefillInputs, *, softmax_scale: float, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Ragged prefill, sequence by sequence, computed in `dtype` from the exact stored values.
+
+    Returns out [tokens, heads, v_dim] and lse [tokens, heads] in `dtype`; rows past the last query token give 0 and
+    -inf. Reads lengths on the host.
+    """
+    q = inputs.q
+    out = torch.zeros(*q.shape[:2], inputs.v.shape[2], dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    for tokens, keys in zip(_spans(inputs.cu_seqlens_q), _spans(inputs.cu_seqlens_k), strict=True):
+        k_nope, k_pe, v = (t[keys].to(dtype) for t in (inputs.k_nope, inputs.k_pe, inputs.v))
+        if len(v):
+            out[tokens], lse[tokens] = attend_expanded(
+                q[tokens].to(dtype), k_nope, k_pe, v, softmax_scale, causal=inputs.causal
+            )
+    return out, lse
 
 
 def decode(
@@ -76,10 +106,20 @@ def decode(
     return out, lse
 
 
-def _hidden(queries: int, keys: int, device: torch.device) -> Tensor:
-    """[queries, keys] bool: True where a query token must not see a position (causal, aligned to the end)."""
-    last_seen = keys - queries + torch.arange(queries, device=device)
-    return torch.arange(keys, device=device)[None, :] > last_seen[:, None]
+def _softmax(scores: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Weights and lse [n, heads] of scores [n, heads, keys]; causal: token i of n sees keys <= keys - n + i."""
+    queries, keys = scores.shape[0], scores.shape[2]
+    if causal:
+        last_seen = keys - queries + torch.arange(queries, device=scores.device)
+        hidden = torch.arange(keys, device=scores.device) > last_seen[:, None]
+        scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse
+
+
+def _spans(cu_seqlens: Tensor) -> list[slice]:
+    offsets = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(offsets)]
 
 
 class _ReferenceBackend:
@@ -87,12 +127,14 @@ class _ReferenceBackend:
         return ()
 
     def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
-        return () if request.phase is Phase.decode else (f"needs phase decode, got {request.phase.value}",)
+        return request.unstated()
 
     def needs(self, request: Request) -> Needs:
         return Needs()
 
-    def bind(self, request: Request) -> Runner:
+    def bind(self, request: Request) -> Runner | PrefillRunner:
+        if request.phase is Phase.prefill:
+            return _ReferencePrefill()
         return _ReferenceRunner(request.shape.latent_dim)
 
 
@@ -118,6 +160,20 @@ class _ReferenceRunner:
         result = decode(
             inputs, self._batch, latent_dim=self._latent_dim, softmax_scale=softmax_scale, kv_scale=kv_scale
         )
+        out.copy_(result[0])
+        lse.copy_(result[1])
+
+
+class _ReferencePrefill:
+    @property
+    def graph_safe(self) -> bool:
+        return False
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+    def run(self, inputs: PrefillInputs, out: Tensor, lse: Tensor, *, softmax_scale: float) -> None:
+        result = prefill(inputs, softmax_scale=softmax_scale)
         out.copy_(result[0])
         lse.copy_(result[1])
 

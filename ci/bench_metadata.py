@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 
-from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, Problem, graph_us, ours, split_rule, vllm
+from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, Calls, Problem, graph_us, ours, split_rule, vllm
 from portable_mla import Capacity, MLAAttention, MLAShape
 from portable_mla.cache_format import CacheFormat
 from portable_mla.cli.trace import SHIPPED_TRACE, TraceRequest, read_trace
@@ -90,8 +90,9 @@ def trace_rows(
         for concurrency in concurrencies:
             sampled = steps(requests, concurrency, count)
             for head_count in heads:
-                contenders: dict[str, Callable[[Problem], list[Callable[[], object]]]] = {
-                    "ours": ours, "split rule": split_rule, "vllm": vllm, "fixed": lambda p: ours(p, deterministic=True)
+                contenders: dict[str, Callable[[Problem], Calls]] = {
+                    "ours": lambda p: ours(p, "triton"), "split rule": split_rule, "vllm": vllm,
+                    "fixed": lambda p: ours(p, "triton", deterministic=True),
                 }  # fmt: skip
                 row: dict[str, Any] = {"trace": path.stem, "requests": concurrency, "heads": head_count}
                 for kv_lens in sampled:
@@ -114,8 +115,8 @@ def scaling_rows() -> list[dict[str, Any]]:
         for context in (1024, 2048, 4096, 8192, 16384, 32768, 65536, 81920, 131072):
             problem = Problem.of([context], heads)
             row: dict[str, Any] = {"heads": heads, "context": context}
-            row["ours"] = round(_time(ours, problem), 1)
-            row["fixed"] = round(_time(lambda p: ours(p, deterministic=True), problem), 1)
+            row["ours"] = round(_time(lambda p: ours(p, "triton"), problem), 1)
+            row["fixed"] = round(_time(lambda p: ours(p, "triton", deterministic=True), problem), 1)
             row["vllm"] = round(_time(vllm, problem), 1)
             row["vllm, 4 splits"] = round(_time(lambda p: vllm(p, 4), problem), 1)
             print(row, flush=True)
@@ -123,7 +124,7 @@ def scaling_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _time(build: Callable[[Problem], list[Callable[[], object]]], problem: Problem) -> float:
+def _time(build: Callable[[Problem], Calls], problem: Problem) -> float:
     try:
         return graph_us(build(problem))
     except ImportError:

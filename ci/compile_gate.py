@@ -36,29 +36,31 @@ from ci.cross_compile import (
     compile_ragged,
     compile_step,
 )
+from ci.prefill_variants import prefill_variants
 from portable_mla.backends.amd import tiles as amd_tiles
 from portable_mla.backends.nvidia import tiles as nvidia_tiles
 from portable_mla.backends.nvidia.gluon import BACKEND as GLUON
 from portable_mla.backends.triton.backend import GEOMETRIES
-from portable_mla.backends.triton.tile import Rule, TileRequest, combine_tiles
+from portable_mla.backends.triton.tile import DecodeRules, Rule, Tile, TileRequest, combine_tiles
 from portable_mla.cache_format import CacheFormat
 from portable_mla.device import ARCHS
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
 BUDGETS = Path(__file__).with_name("budgets.json")
-RULES: dict[str, Sequence[Rule]] = {**nvidia_tiles.RULES, **amd_tiles.RULES}
+RULES: dict[str, DecodeRules] = {**nvidia_tiles.RULES, **amd_tiles.RULES}
 ROWS = (5, 16, 32, 64, 128)
 PAGE_SIZES = (64, 1)  # a tile's pages in one piece where its load allows that, and gathered
 SLACK_REGISTERS = 16  # growth over the budget that a patch release of the compiler may cause
 
 Job = Callable[[], Resources]
+DecodeRule = Rule[TileRequest, Tile]
 Used = dict[str, Resources]  # by variant
 
 
 COMBINES = tuple(combine_tiles(latent_dim=512, wave=32))
 
 
-def rule_of(arch: str, request: TileRequest) -> Rule:
+def rule_of(arch: str, request: TileRequest) -> DecodeRule:
     """The rule that `choose_tile` follows."""
     return next(rule for rule in RULES[arch] if rule.when(request))
 
@@ -124,7 +126,7 @@ def widest(latent_dim: int, rope_dim: int) -> bool:
 
 def rule_requests(arch: str) -> list[TileRequest]:
     """The first request of each rule, in its widest geometry; of each rule and page size in the first of its table."""
-    found: dict[tuple[Rule, int], TileRequest] = {}
+    found: dict[tuple[DecodeRule, int], TileRequest] = {}
     for latent_dim, rope_dim in (geometry for geometry in GEOMETRIES if widest(*geometry)):
         for page_size, rows in itertools.product(PAGE_SIZES, ROWS):
             request = TileRequest(rows, latent_dim, rope_dim, page_size)
@@ -159,7 +161,7 @@ def variants(arch: str) -> dict[str, Job]:
             (f"combine {kind} dependent", functools.partial(compile_combine, request, kind, dependent=True))
             for kind in COMBINES
         ]
-    return dict(jobs)  # rules that differ in their plans alone share a kernel, and its name
+    return dict(jobs) | prefill_variants(arch)  # rules that differ in their plans alone share a kernel, and its name
 
 
 def compile_all(archs: Sequence[str], workers: int, only: str = "") -> dict[str, Used]:
@@ -196,7 +198,7 @@ def _faults(arch: str, name: str, found: Resources, budget: Resources | None) ->
     limit = ARCHS[arch].shared_memory
     if found.shared > limit:
         yield f"{found.shared} B of shared memory, {arch} has {limit}"
-    if name.startswith(("decode", "gluon")) and not found.matrix:
+    if name.startswith(("decode", "gluon", "prefill")) and not found.matrix:
         yield "no matrix instruction"
     if budget is None:
         yield "no budget; look at its figures, then record them with --record"

@@ -34,8 +34,8 @@ class Problem:
     kv_lens: list[int]
 
     @classmethod
-    def of(cls, kv_lens: Sequence[int], heads: int, *, caches: int | None = None) -> Problem:
-        """One query token a request."""
+    def of(cls, kv_lens: Sequence[int], heads: int, *, query_len: int = 1, caches: int | None = None) -> Problem:
+        """query_len query tokens a request."""
         rng = torch.Generator(device=DEVICE).manual_seed(0)
         width = -(-max(kv_lens) // PAGE_SIZE)
         pages = sum(-(-n // PAGE_SIZE) for n in kv_lens)
@@ -49,21 +49,33 @@ class Problem:
         copies = caches if caches is not None else max(1, min(8, int(COLD_BYTES // (sum(kv_lens) * 1152))))
         row = (pages, PAGE_SIZE, LATENT + ROPE)
         stored = [torch.randn(row, generator=rng, device=DEVICE, dtype=torch.bfloat16) * 0.5 for _ in range(copies)]
-        q = torch.randn(len(kv_lens), heads, LATENT + ROPE, generator=rng, device=DEVICE, dtype=torch.bfloat16)
+        q_shape = (len(kv_lens) * query_len, heads, LATENT + ROPE)
+        q = torch.randn(q_shape, generator=rng, device=DEVICE, dtype=torch.bfloat16)
         lens = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
-        return cls(q, stored, PagedBatch(table, lens), list(kv_lens))
+        return cls(q, stored, PagedBatch(table, lens, None, query_len), list(kv_lens))
 
     def request(self) -> Request:
         """What dispatch would be asked."""
         shape = MLAShape(self.q.shape[1], LATENT, ROPE, PAGE_SIZE, torch.bfloat16, CacheFormat.bf16)
-        tokens, pages = len(self.kv_lens), self.caches[0].shape[0]
+        pages, query_len = self.caches[0].shape[0], self.batch.max_query_len
         width = self.batch.block_table.shape[1] * PAGE_SIZE
-        capacity = Capacity(tokens, tokens, 1, width, pages, self.caches[0].nbytes)
-        return Request(arch_of(DEVICE), shape, Phase.decode, 1, True, False, capacity)
+        capacity = Capacity(
+            len(self.kv_lens), self.q.shape[0], query_len, width, pages, self.caches[0].nbytes
+        )  # fmt: skip
+        return Request(arch_of(DEVICE), shape, Phase.decode, query_len, True, False, capacity)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """out and lse."""
         return self.q.new_empty(*self.q.shape[:2], LATENT), self.q.new_empty(self.q.shape[:2], dtype=torch.float32)
+
+
+Calls = list[Callable[[], Tensor]]
+
+
+def apart(calls: Calls) -> list[Callable[[], object]]:
+    """The calls with a plain kernel after each, so that none overlaps the end of the one before."""
+    one = torch.zeros(1, device=DEVICE)
+    return [lambda call=call: (call(), one.add_(1)) for call in calls]
 
 
 def graph_us(calls: Sequence[Callable[[], object]], *, least: int = 4, replays: int = 15) -> float:
@@ -92,18 +104,24 @@ def graph_us(calls: Sequence[Callable[[], object]], *, least: int = 4, replays: 
     return statistics.median(times)
 
 
-def ours(problem: Problem, *, deterministic: bool = False) -> list[Callable[[], object]]:
-    """MLAAttention, planned on the device."""
+def ours(problem: Problem, backend: str | None = None, *, deterministic: bool = False, planned: bool = False) -> Calls:
+    """MLAAttention with a backend, or with the one that it chooses. planned: each call plans a step first."""
     request = problem.request()
     attention = MLAAttention(
-        request.shape, request.capacity, device=DEVICE, backend="triton", deterministic=deterministic
+        request.shape, request.capacity, device=DEVICE, backend=backend, deterministic=deterministic
     )  # fmt: skip
     attention.plan(problem.batch)
     out, lse = problem.outputs()
-    return [lambda c=c: attention(problem.q, c, out, lse, softmax_scale=SCALE) for c in problem.caches]
+
+    def call(cache: Tensor) -> Tensor:
+        if planned:
+            attention.plan(problem.batch)
+        return attention(problem.q, cache, out, lse, softmax_scale=SCALE)[0]
+
+    return [lambda c=c: call(c) for c in problem.caches]
 
 
-def split_rule(problem: Problem) -> list[Callable[[], object]]:
+def split_rule(problem: Problem) -> Calls:
     """The same kernel and combine over pieces that the split rule makes, one program each."""
     request, batch = problem.request(), len(problem.kv_lens)
     backend = load("triton", request.arch.vendor)
@@ -121,7 +139,12 @@ def split_rule(problem: Problem) -> list[Callable[[], object]]:
     _write_split_rule(metadata, problem.kv_lens, splits, tile.block_n)
     runner.plan(metadata)
     out, lse = problem.outputs()
-    return [lambda c=c: runner.run(DecodeInputs(problem.q, c), out, lse, softmax_scale=SCALE) for c in problem.caches]
+
+    def call(cache: Tensor) -> Tensor:
+        runner.run(DecodeInputs(problem.q, cache), out, lse, softmax_scale=SCALE)
+        return out
+
+    return [lambda c=c: call(c) for c in problem.caches]
 
 
 def rule_splits(longest: int, units: int) -> int:
@@ -145,7 +168,7 @@ def _write_split_rule(metadata: DecodeMetadata, kv_lens: list[int], splits: int,
         buffer[: len(values)] = torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def vllm(problem: Problem, splits: int | None = None) -> list[Callable[[], object]]:
+def vllm(problem: Problem, splits: int | None = None) -> Calls:
     """vLLM's Triton MLA decode."""
     from vllm.v1.attention.ops import triton_decode_attention  # type: ignore[import-not-found]
 
@@ -156,11 +179,80 @@ def vllm(problem: Problem, splits: int | None = None) -> list[Callable[[], objec
     partial = torch.empty(batch, heads, splits, LATENT + 1, dtype=torch.float32, device=DEVICE)
     one = torch.ones((), device=DEVICE)
 
-    def call(cache: Tensor) -> None:
+    def call(cache: Tensor) -> Tensor:
         rows = cache.view(-1, PAGE_SIZE, 1, LATENT + ROPE)
         triton_decode_attention.decode_attention_fwd(
             problem.q, rows, rows[..., :LATENT], out, lse, problem.batch.block_table, problem.batch.kv_lens, partial,
             splits, SCALE, PAGE_SIZE, k_scale=one, v_scale=one, is_mla=True,
         )  # fmt: skip
+        return out
 
     return [lambda c=c: call(c) for c in problem.caches]
+
+
+def flash_mla(problem: Problem) -> Calls:
+    """The flash_mla package (sgl-flash-mla), which plans in its first call."""
+    import flash_mla as library  # type: ignore[import-not-found]
+
+    batch, queries = problem.batch, _by_request(problem)
+    schedule = library.get_mla_metadata()[0]
+
+    def call(cache: Tensor) -> Tensor:
+        out: Tensor = library.flash_mla_with_kvcache(
+            queries, cache[:, :, None], batch.block_table, batch.kv_lens, LATENT, schedule, None, SCALE,
+            batch.max_query_len > 1, use_legacy=True,
+        )[0]  # fmt: skip
+        return out
+
+    return [lambda c=c: call(c) for c in problem.caches]
+
+
+def flash_attn3(problem: Problem) -> Calls:
+    """FlashAttention-3 as vLLM builds it, the latent part of Q as its q_v."""
+    from vllm.vllm_flash_attn import flash_attn_interface  # type: ignore[import-not-found] # noqa: F401
+
+    forward, batch = torch.ops._vllm_fa3_C.fwd, problem.batch
+    rope, latent = (part.contiguous() for part in (problem.q[..., LATENT:], problem.q[..., :LATENT]))
+    query_len, longest = batch.max_query_len, max(problem.kv_lens)
+    starts = torch.arange(0, problem.q.shape[0] + 1, query_len, dtype=torch.int32, device=DEVICE)
+
+    def call(cache: Tensor) -> Tensor:
+        keys, values = cache[:, :, None, LATENT:], cache[:, :, None, :LATENT]
+        out: Tensor = forward(
+            rope, keys, values, None, None, latent, None, starts, None, None, None, batch.kv_lens, query_len, longest,
+            batch.block_table, *(None,) * 8, SCALE, True, -1, -1, 0.0, True, None, 0, None, 1, 0, None,
+        )[0]  # fmt: skip
+        return out
+
+    return [lambda c=c: call(c) for c in problem.caches]
+
+
+def flashinfer(problem: Problem) -> Calls:
+    """FlashInfer's MLA wrapper, planned on the host before."""
+    import flashinfer as library  # type: ignore[import-not-found]
+
+    batch, (tokens, heads, _) = problem.batch, problem.q.shape
+    pages = torch.tensor([-(-n // PAGE_SIZE) for n in problem.kv_lens], dtype=torch.int32, device=DEVICE)
+    indptr = torch.zeros(len(problem.kv_lens) + 1, dtype=torch.int32, device=DEVICE)
+    indptr[1:] = pages.cumsum(0)
+    indices = torch.cat([row[:n] for row, n in zip(batch.block_table, pages.tolist(), strict=True)])
+    starts = torch.arange(0, tokens + 1, batch.max_query_len, dtype=torch.int32, device=DEVICE)
+    wrapper = library.mla.BatchMLAPagedAttentionWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE), backend="fa3"
+    )  # fmt: skip
+    wrapper.plan(
+        starts, indptr, indices, batch.kv_lens, heads, LATENT, ROPE, PAGE_SIZE, batch.max_query_len > 1, SCALE,
+        torch.bfloat16, torch.bfloat16,
+    )  # fmt: skip
+    latent, rope = (part.contiguous() for part in (problem.q[..., :LATENT], problem.q[..., LATENT:]))
+
+    def call(cache: Tensor) -> Tensor:
+        out: Tensor = wrapper.run(latent, rope, cache[..., :LATENT], cache[..., LATENT:])
+        return out
+
+    return [lambda c=c: call(c) for c in problem.caches]
+
+
+def _by_request(problem: Problem) -> Tensor:
+    """q [requests, query tokens, heads, width]."""
+    return problem.q.unflatten(0, (len(problem.kv_lens), problem.batch.max_query_len))

@@ -1,4 +1,4 @@
-"""Compiles the decode, combine and plan kernels for an architecture that need not be there; reads what they use."""
+"""Compiles the kernels for an architecture that need not be there, and reads what they use."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from triton.compiler import ASTSource
 from portable_mla.backends.triton.combine import Combine
 from portable_mla.backends.triton.combine_kernels import combine_kernel
 from portable_mla.backends.triton.decode_kernels import decode_kernel
+from portable_mla.backends.triton.prefill_kernels import prefill_kernel
+from portable_mla.backends.triton.prefill_runner import TritonPrefill
+from portable_mla.backends.triton.prefill_tile import PrefillTile
 from portable_mla.backends.triton.runner import TritonRunner, plan_shape
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.backends.vendor.step import finish_constants, prepare_constants
 from portable_mla.backends.vendor.step_kernels import finish_rows_kernel, prepare_step_kernel
 from portable_mla.device import Arch
+from portable_mla.merge import merge_constants
+from portable_mla.merge_kernels import merge_kernel
 from portable_mla.metadata.ragged import ragged_constants
 from portable_mla.metadata.ragged_kernels import write_ragged_kernel
 from portable_mla.metadata.split_kernels import plan_splits_kernel
@@ -103,14 +108,15 @@ def compile_gluon(request: Request) -> Any:
     from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, Sm90Runner
 
     shape = request.shape
-    constants = Sm90Runner(request, Tile(64, 64, 8, 2)).decode_constants()
+    runner = Sm90Runner(request, Tile(64, 64, 8, 2))
+    constants = runner.decode_constants()
     dtype, boxes = DTYPES[shape.q_dtype], {"q_desc": constants["QUERY_ROWS"], "kv_desc": min(shape.page_size, BLOCK)}
     types = _default_types(sm90_decode_kernel)
     types |= {name: f"tensordesc<{dtype}[{rows}, {BLOCK}],{LAYOUT!r}>" for name, rows in boxes.items()}
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
-    types["partial_out_ptr"] = "*fp16!" if dtype == "bf16" else "*fp32!"
+    types["partial_out_ptr"] = "*fp16!" if runner.partials.dtype == torch.float16 else "*fp32!"
     types |= dict.fromkeys(("stride_slot", "stride_out_token", "stride_out_head"), "i32!")
     types["softmax_scale"] = "fp32"
     return _compiled(sm90_decode_kernel, request.arch, types, constants, GluonASTSource)
@@ -138,6 +144,32 @@ def compile_combine(request: Request, kind: str, *, dependent: bool = False) -> 
     types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
     types["partial_out_ptr"] = "*fp16!" if dependent else "*fp32!"
     return _compile(combine_kernel, request.arch, types, constants | {"stride_lse_head": 1})
+
+
+def compile_prefill(request: Request, tile: PrefillTile, *, causal: bool = True, aligned: bool = True) -> Resources:
+    """The prefill kernel as its runner launches it. aligned: keys' addresses and strides allow descriptors."""
+    shape, descriptors = request.shape, aligned and tile.loads == "descriptor"
+    constants = TritonPrefill(request, tile).constants(causal=causal, descriptors=descriptors)
+    dtype = DTYPES[shape.q_dtype]
+    types = _default_types(prefill_kernel)
+    types |= {name: "i32!" for name in types if name.startswith("stride_") and "lse" not in name}
+    types |= dict.fromkeys(("q_ptr", "k_nope_ptr", "k_pe_ptr", "v_ptr"), f"*{dtype}!")
+    types |= dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32!")
+    types |= {"out_ptr": "*fp32!" if request.float32_out else f"*{dtype}!", "softmax_scale": "fp32"}
+    for name, width in (("nope", "NOPE"), ("rest", "REST"), ("rope", "ROPE"), ("v", "V")):
+        if descriptors and constants[width]:
+            block = [tile.block_n, *([] if name == "rope" else [1]), constants[width]]
+            types[f"{name}_desc"] = f"tensordesc<{dtype}{block}>"
+        else:
+            constants[f"{name}_desc"] = None
+    return _compile(prefill_kernel, request.arch, types, constants | {"stride_lse_head": 1})
+
+
+def compile_merge(arch: Arch, width: int) -> Resources:
+    """The kernel that merges results of this width."""
+    constants = merge_constants(width)
+    heads = {"stride_first_lse_head": 1, "stride_rest_lse_head": 1, "stride_lse_head": 1}
+    return _compile(merge_kernel, arch, _default_types(merge_kernel), constants | heads)
 
 
 def compile_plan(request: Request, tile: Tile) -> Resources:

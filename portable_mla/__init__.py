@@ -3,6 +3,8 @@
 from portable_mla.attention import MLAAttention as MLAAttention
 from portable_mla.cache import PagedLatentCache as PagedLatentCache
 from portable_mla.cache_format import CacheFormat as CacheFormat
+from portable_mla.chunked_prefill import mla_chunked_prefill as mla_chunked_prefill
+from portable_mla.context import CachedContext as CachedContext
 from portable_mla.device import Arch as Arch
 from portable_mla.device import arch_named as arch_named
 from portable_mla.device import arch_of as arch_of
@@ -15,10 +17,15 @@ from portable_mla.errors import GraphCaptureError as GraphCaptureError
 from portable_mla.errors import NoBackend as NoBackend
 from portable_mla.errors import PlanMismatch as PlanMismatch
 from portable_mla.errors import UnsupportedDevice as UnsupportedDevice
+from portable_mla.merge import merge_state as merge_state
+from portable_mla.merge import merge_states as merge_states
+from portable_mla.metadata import MixedSplit as MixedSplit
 from portable_mla.metadata import PagedBatch as PagedBatch
+from portable_mla.mixed import MixedAttention as MixedAttention
 from portable_mla.models import MODELS as MODELS
 from portable_mla.models import Model as Model
 from portable_mla.ops import mla_decode as mla_decode
+from portable_mla.prefill import mla_prefill as mla_prefill
 from portable_mla.settings import Settings as Settings
 from portable_mla.shape import Capacity as Capacity
 from portable_mla.shape import MLAShape as MLAShape

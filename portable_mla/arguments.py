@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,10 +93,10 @@ def check_tensors(q: Tensor, kv_cache: Tensor) -> None:
         raise ValueError(f"kv_cache: spans 2**63 bytes or more, strides {kv_cache.stride()}")
 
 
-def check_device(name: str, tensor: Tensor, kv_cache: Tensor) -> None:
-    """`tensor` lives where the cache does."""
-    if tensor.device != kv_cache.device:
-        raise ValueError(f"{name}: is on {tensor.device}, kv_cache is on {kv_cache.device}; move them to one device")
+def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str = "kv_cache") -> None:
+    """`tensor` lives where the other does."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: is on {tensor.device}, {other_name} is on {other.device}; move them to one device")
 
 
 def check_scale(name: str, scale: float) -> None:
@@ -135,40 +136,51 @@ def check_cache_row(kv_cache: Tensor, shape: MLAShape) -> None:
         )
 
 
-def check_q_dtype(q_dtype: torch.dtype, cache_format: CacheFormat) -> None:
-    """q is of a supported dtype, and the cache's own unless the cache is quantised."""
+def check_floating(q_dtype: torch.dtype) -> None:
+    """q is of a supported dtype."""
     if q_dtype not in _Q_DTYPES:
         raise TypeError(f"q: expected a dtype of {', '.join(map(str, _Q_DTYPES))}, got {q_dtype}")
+
+
+def check_q_dtype(q_dtype: torch.dtype, cache_format: CacheFormat) -> None:
+    """q is of a supported dtype, and the cache's own unless the cache is quantised."""
+    check_floating(q_dtype)
     if not cache_format.quantised and q_dtype != cache_format.dtype:
         raise TypeError(f"kv_cache: expected {q_dtype} like q, or an fp8 format, got {cache_format.dtype}")
 
 
-def check_outputs(q: Tensor, kv_cache: Tensor, latent_dim: int, out: Tensor, lse: Tensor) -> None:
-    """out and lse have the shape and dtype of the result and share no memory with each other or the inputs."""
-    for name, tensor, shape, dtype in (
-        ("out", out, (*q.shape[:2], latent_dim), q.dtype),
+def check_outputs(
+    out: Tensor, lse: Tensor, width: int, inputs: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """out [tokens, heads, width] and lse [tokens, heads] have the shape and dtype of the results of inputs["q"], and
+    share no memory with each other or an input. dtype: of out, if not q's. The device is the last input's."""
+    q, (anchor_name, anchor) = inputs["q"], list(inputs.items())[-1]
+    for name, tensor, shape, wanted in (
+        ("out", out, (*q.shape[:2], width), dtype or q.dtype),
         ("lse", lse, tuple(q.shape[:2]), torch.float32),
     ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-        check_device(name, tensor, kv_cache)
-        if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name}: expected a last-dimension stride of 1, got strides {tensor.stride()}")
+        if tensor.dtype != wanted:
+            raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+        check_device(name, tensor, anchor, anchor_name)
+        check_dense(name, tensor)
         if not _rows_are_apart(tensor):
             raise ValueError(f"{name}: rows overlap one another, strides {tensor.stride()}")
-    for name, one, other_name, other in (
-        ("out", out, "kv_cache", kv_cache),
-        ("out", out, "q", q),
-        ("out", out, "lse", lse),
-        ("lse", lse, "kv_cache", kv_cache),
-        ("lse", lse, "q", q),
-    ):
-        if _overlap(one, other):
-            raise ValueError(f"{name}: shares memory with {other_name}, strides {one.stride()} and {other.stride()}")
+    for name, one, others in (("out", out, {**inputs, "lse": lse}), ("lse", lse, inputs)):
+        for other_name, other in others.items():
+            if _overlap(one, other):
+                raise ValueError(
+                    f"{name}: shares memory with {other_name}, strides {one.stride()} and {other.stride()}"
+                )
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """The last dimension has a stride of 1."""
+    if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name}: expected a last-dimension stride of 1, got strides {tensor.stride()}")
 
 
 def span_bytes(tensor: Tensor) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.arguments import check_cache_row, check_kv_scale, check_outputs, check_q_dtype, check_tensors
-from portable_mla.backend import DecodeInputs
+from portable_mla.backend import DecodeInputs, decode_runner
 from portable_mla.device import arch_of
 from portable_mla.dispatch import Explanation, explain, select
 from portable_mla.errors import GraphCaptureError, PlanMismatch
@@ -59,12 +59,13 @@ class MLAAttention:
         forced = backend or settings.backend
         self.explanation: Explanation = explain(self.request, forced, settings.disable)
         self._backend = select(self.request, forced, settings.disable)
-        self._runner = self._backend.bind(self.request)
+        self._runner = decode_runner(self._backend, self.request)
         self._status = Status.allocate(self._device)
         self._buffers = self._new_buffers()
         self._most_pages = self._planned_pages = capacity.max_pages  # that page ids may name; those of this plan
         self._batch: PagedBatch | None = None
         self._generation: tuple[int, ...] = ()
+        self._known_batch: tuple[object, ...] = ()  # what passed the latest check of a batch
         self._checked: set[tuple[object, ...]] = set()
         self._captured = False
         self._handle = register_planned(self)
@@ -74,6 +75,11 @@ class MLAAttention:
         """Name of the backend that serves."""
         assert self.explanation.chosen is not None
         return self.explanation.chosen
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
 
     @property
     def positions(self) -> Tensor:
@@ -125,11 +131,21 @@ class MLAAttention:
         return DecodeBuffers(request.capacity, request.shape.page_size, needs, self._status, debug=debug)
 
     def _check_batch(self, batch: PagedBatch) -> None:
+        known = (batch.kv_lens.shape, batch.max_query_len, batch.query_lens is None, batch.device)
+        if known != self._known_batch:
+            self._check_new_batch(batch)
+            self._known_batch = known
+
+    def _check_new_batch(self, batch: PagedBatch) -> None:
         capacity = self.request.capacity
         uniform_tokens = batch.size * batch.max_query_len if batch.query_lens is None else 0
-        self._check_room("max_batch", capacity.max_batch, batch.size)
-        self._check_room("max_query_len", capacity.max_query_len, batch.max_query_len)
-        self._check_room("max_query_tokens", capacity.max_query_tokens, uniform_tokens)
+        for field, planned, got in (
+            ("max_batch", capacity.max_batch, batch.size),
+            ("max_query_len", capacity.max_query_len, batch.max_query_len),
+            ("max_query_tokens", capacity.max_query_tokens, uniform_tokens),
+        ):
+            if got > planned:
+                raise PlanMismatch(field, planned, got, self._more_capacity())
         if self.request.uniform_queries:
             if batch.query_lens is not None:
                 raise PlanMismatch(
@@ -140,10 +156,6 @@ class MLAAttention:
                 raise PlanMismatch("max_query_len", capacity.max_query_len, batch.max_query_len, hint)
         if not _same_device(batch.device, self._device):
             raise ValueError(f"block_table: is on {batch.device}, this attention is on {self._device}")
-
-    def _check_room(self, field: str, planned: int, got: int) -> None:
-        if got > planned:
-            raise PlanMismatch(field, planned, got, self._more_capacity())
 
     def _check_values(self, batch: PagedBatch, pages: int) -> None:
         capacity = self.request.capacity
@@ -258,7 +270,7 @@ class MLAAttention:
         ):
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
-        check_outputs(q, kv_cache, shape.latent_dim, out, lse)
+        check_outputs(out, lse, shape.latent_dim, {"q": q, "kv_cache": kv_cache})
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
 from portable_mla.metadata import DecodeMetadata, Needs
-from portable_mla.shape import Request
+from portable_mla.shape import Phase, Request
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,33 @@ class DecodeInputs:
 
     q: Tensor  # [tokens, heads, latent + rope]
     kv_cache: Tensor  # [pages, page_size, row_width], any outer strides
+
+
+@dataclass(frozen=True)
+class PrefillInputs:
+    """One layer's inputs of a prefill: per-head keys and values of ragged sequences, one after another.
+
+    Sequence i has the query tokens [cu_seqlens_q[i], cu_seqlens_q[i + 1]) of q and the keys [cu_seqlens_k[i],
+    cu_seqlens_k[i + 1]) of k_nope, k_pe and v. Both start at 0 and never decrease; a sequence may have no tokens, no
+    keys, or more query tokens than keys. Tensors may end past the last sequence: such rows of q are padding, such keys
+    belong to nobody and may hold anything. k_nope and v are usually views of one projection, k_pe of a latent cache
+    row: outer strides are any, last dimensions are dense.
+
+    causal: query token i of n sees keys <= kv_len - n + i of its sequence; without it, all of them.
+    """
+
+    q: Tensor  # [tokens, heads, nope + rope]
+    k_nope: Tensor  # [keys, heads, nope], q's dtype
+    k_pe: Tensor  # [keys, rope], q's dtype, shared by all heads
+    v: Tensor  # [keys, heads, v_dim], q's dtype
+    cu_seqlens_q: Tensor  # [sequences + 1] int32
+    cu_seqlens_k: Tensor  # [sequences + 1] int32
+    causal: bool = True
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of this call, at most the request's capacity.max_batch."""
+        return self.cu_seqlens_q.shape[0] - 1
 
 
 class Backend(Protocol):
@@ -31,11 +58,11 @@ class Backend(Protocol):
         ...
 
     def needs(self, request: Request) -> Needs:
-        """The metadata forms that its runner reads; only those are built."""
+        """The metadata forms that its runner reads in a decode; only those are built."""
         ...
 
-    def bind(self, request: Request) -> Runner:
-        """A runner for every step that fits `request`; allocates what outlives a step."""
+    def bind(self, request: Request) -> Runner | PrefillRunner:
+        """A runner of the request's phase for every step that fits `request`; allocates what outlives a step."""
         ...
 
 
@@ -49,7 +76,7 @@ class LibraryBackend(Backend, Protocol):
 
 
 class Runner(Protocol):
-    """A backend bound to one request shape; owns what outlives a step."""
+    """A backend bound to one decode request; owns what outlives a step."""
 
     @property
     def graph_safe(self) -> bool:
@@ -73,3 +100,37 @@ class Runner(Protocol):
         and rows past the last query token become 0 and -inf.
         """
         ...
+
+
+class PrefillRunner(Protocol):
+    """A backend bound to one prefill request. It needs no plan: lengths are read on the device, call by call."""
+
+    @property
+    def graph_safe(self) -> bool:
+        """Whether run reads no value on the host, so that a graph may capture it."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Device bytes that outlive a call, by part."""
+        ...
+
+    def run(self, inputs: PrefillInputs, out: Tensor, lse: Tensor, *, softmax_scale: float) -> None:
+        """Attend once.
+
+        out: [tokens, heads, v_dim] in q's dtype, or float32 where request.float32_out; lse: [tokens, heads] float32,
+        natural log. Any outer strides. Rows with nothing to see, and rows past the last query token, become 0 and
+        -inf. Offsets that contradict one another or the tensors leave wrong rows, but touch no memory outside them.
+        """
+        ...
+
+
+def decode_runner(backend: Backend, request: Request) -> Runner:
+    """The backend bound to a decode request."""
+    assert request.phase is Phase.decode
+    return cast(Runner, backend.bind(request))
+
+
+def prefill_runner(backend: Backend, request: Request) -> PrefillRunner:
+    """The backend bound to a prefill request."""
+    assert request.phase is Phase.prefill
+    return cast(PrefillRunner, backend.bind(request))

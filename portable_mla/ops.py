@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.arguments import DecodeArguments, check_device, check_outputs, check_scale
-from portable_mla.backend import DecodeInputs
+from portable_mla.backend import DecodeInputs, decode_runner
 from portable_mla.dispatch import select
 from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
 from portable_mla.settings import Settings
@@ -91,10 +91,10 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
 
 
 def result_tensors(
-    q: Tensor, latent_dim: int, out: Tensor | None = None, lse: Tensor | None = None
+    q: Tensor, width: int, out: Tensor | None = None, lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The results to write into: those given, else new ones, [tokens, heads, latent] in q's dtype and float32."""
-    out = q.new_empty(*q.shape[:2], latent_dim) if out is None else out
+    """The results to write into: those given, else new ones, [tokens, heads, width] in q's dtype and float32."""
+    out = q.new_empty(*q.shape[:2], width) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if lse is None else lse
     return out, lse
 
@@ -147,7 +147,7 @@ def _decode_out(  # noqa: PLR0913 (the op's schema)
 ) -> None:
     batch = PagedBatch(block_table, kv_lens, query_lens, max_query_len)
     arguments = DecodeArguments(q, kv_cache, batch, latent_dim, softmax_scale, kv_scale)
-    check_outputs(q, kv_cache, latent_dim, out, lse)
+    check_outputs(out, lse, latent_dim, {"q": q, "kv_cache": kv_cache})
     _serve(arguments, out, lse, deterministic, backend)
 
 
@@ -186,7 +186,7 @@ def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: 
     if batch.device.type == "cpu":
         batch.check_values(request.shape.page_size, kv_cache.shape[0], q.shape[0])
     with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
-        runner, status = chosen.bind(request), Status.allocate(q.device)
+        runner, status = decode_runner(chosen, request), Status.allocate(q.device)
         buffers = DecodeBuffers(request.capacity, request.shape.page_size, chosen.needs(request), status)
         runner.plan(buffers.update(batch, request.capacity.max_pages))
         inputs, scale = DecodeInputs(q, kv_cache), arguments.kv_scale

@@ -23,6 +23,7 @@ class Settings:
     persistent_metadata: an attention keeps its metadata buffers; off, it allocates new ones each step, which no graph
     can capture.
     debug: values are checked on the host at each plan and call, which syncs, and kernels assert on the device.
+    prefill_workspace: bytes of expanded context that a chunked prefill holds at once, where the caller gives no memory.
     require: architecture that must be present, or the test run stops (a GPU job cannot pass by skipping).
     hypothesis: property-test profile.
     disable: backends that are no candidates.
@@ -33,6 +34,7 @@ class Settings:
     deterministic: bool = False
     persistent_metadata: bool = True
     debug: bool = False
+    prefill_workspace: int = 256 << 20
     require: str | None = None
     hypothesis: str | None = None
 
@@ -92,6 +94,13 @@ VARIABLES: dict[str, Variable] = {
     ),
     f"{PREFIX}DEBUG": _switch(
         "debug", "0", "check lengths and page ids by value at each plan and call (waits for the device)"
+    ),
+    f"{PREFIX}PREFILL_WORKSPACE": Variable(
+        "prefill_workspace",
+        tuple(str(1 << power) for power in range(4, 14)),
+        "256",
+        "MB of expanded context that a chunked prefill holds at once, where the caller gives no workspace",
+        lambda megabytes: int(megabytes) << 20,
     ),
     f"{PREFIX}REQUIRE": Variable(
         "require", tuple(ARCHS), "unset", "tests: stop unless this architecture is present", str

@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from portable_mla.cache_format import CacheFormat
+from portable_mla.cache_format import CacheFormat, cache_format_of
 from portable_mla.device import Arch
 
 
@@ -23,7 +23,8 @@ class MLAShape:
     """One rank's view of a model's attention.
 
     latent_dim and rope_dim are the two parts of a cache row (rope_dim may be 0); page_size is in tokens; nope_dim and
-    v_dim are the per-head widths of the expanded form, None where only absorbed decode is used.
+    v_dim are the per-head widths of the expanded form, None where only absorbed decode is used. A prefill reads heads,
+    nope_dim, rope_dim, v_dim and q_dtype alone, and is described by `expanded` where there is no cache.
     Raises ValueError for values that are not positive.
     """
 
@@ -37,9 +38,16 @@ class MLAShape:
     v_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("heads", 1), ("latent_dim", 1), ("rope_dim", 0), ("page_size", 1)):
+        widths = [(name, 1) for name in ("nope_dim", "v_dim") if getattr(self, name) is not None]
+        least_latent = 0 if len(widths) == 2 else 1
+        for name, least in (("heads", 1), ("latent_dim", least_latent), ("rope_dim", 0), ("page_size", 1), *widths):
             _at_least(name, getattr(self, name), least)
         self.cache_format.row_width(self.latent_dim, self.rope_dim)
+
+    @classmethod
+    def expanded(cls, heads: int, nope_dim: int, rope_dim: int, v_dim: int, q_dtype: torch.dtype) -> MLAShape:
+        """The shape of a prefill that knows no latent cache: latent_dim is 0, page_size 1."""
+        return cls(heads, 0, rope_dim, 1, q_dtype, cache_format_of(q_dtype), nope_dim, v_dim)
 
     @property
     def qk_dim(self) -> int:
@@ -57,7 +65,8 @@ class Capacity:
     """Upper bounds that hold for the life of a plan: they size buffers, grids and captured graphs.
 
     max_context: tokens of one request; max_pages: pages of one layer's cache; cache_bytes: bytes from the first to the
-    last byte of one layer's cache (kernels with 32-bit offsets refuse large ones).
+    last byte of one layer's cache (kernels with 32-bit offsets refuse large ones). Of a prefill, max_batch are
+    sequences, max_query_len and max_context the caller's max_seqlen_q and max_seqlen_k, and nothing is in pages.
     """
 
     max_batch: int
@@ -80,6 +89,7 @@ class Request:
 
     uniform_queries: every request of a batch has exactly max_query_len query tokens.
     deterministic: a row's bits must not depend on the rest of the batch.
+    float32_out: of a prefill whose results are merged afterwards, out is float32; else it has q's dtype.
     """
 
     arch: Arch
@@ -89,15 +99,31 @@ class Request:
     uniform_queries: bool
     deterministic: bool
     capacity: Capacity
+    float32_out: bool = False
 
     def __str__(self) -> str:
-        shape, queries = self.shape, "uniform" if self.uniform_queries else "ragged"
+        queries = "uniform" if self.uniform_queries else "ragged"
         return (
-            f"{self.phase.value} on {self.arch.name}: {shape.heads} heads, latent {shape.latent_dim} + rope "
-            f"{shape.rope_dim}, page_size {shape.page_size}, q {str(shape.q_dtype).removeprefix('torch.')}, cache "
-            f"{shape.cache_format.name}, query_len <= {self.max_query_len} ({queries}), "
-            f"{'deterministic, ' if self.deterministic else ''}batch <= {self.capacity.max_batch}, "
-            f"context <= {self.capacity.max_context}"
+            f"{self.phase.value} on {self.arch.name}: {self.shape.heads} heads, {self._widths()}, "
+            f"query_len <= {self.max_query_len} ({queries}), "
+            f"{'float32 out, ' if self.float32_out else ''}{'deterministic, ' if self.deterministic else ''}"
+            f"batch <= {self.capacity.max_batch}, context <= {self.capacity.max_context}"
+        )
+
+    def unstated(self) -> tuple[str, ...]:
+        """What a prefill needs to know of its shape and does not, as reasons of a refusal."""
+        nope_dim, v_dim = self.shape.nope_dim, self.shape.v_dim
+        if self.phase is Phase.decode or None not in (nope_dim, v_dim):
+            return ()
+        return (f"needs a shape's nope_dim and v_dim, got {nope_dim} and {v_dim}",)
+
+    def _widths(self) -> str:
+        shape, dtype = self.shape, str(self.shape.q_dtype).removeprefix("torch.")
+        if self.phase is Phase.prefill:
+            return f"nope {shape.nope_dim} + rope {shape.rope_dim}, v {shape.v_dim}, q {dtype}"
+        return (
+            f"latent {shape.latent_dim} + rope {shape.rope_dim}, page_size {shape.page_size}, q {dtype}, "
+            f"cache {shape.cache_format.name}"
         )
 
 

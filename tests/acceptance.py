@@ -9,6 +9,7 @@ emulated kernel (split KV, float32 logits and accumulators, P rounded to q's dty
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,17 @@ def check(problem: Problem, out: Tensor, lse: Tensor) -> Errors:
 def compare(problem: Problem, out: Tensor, lse: Tensor, golden: Tensor, golden_lse: Tensor) -> Errors:
     """Assert the rule against a golden that is already there."""
     assert out.dtype == problem.q.dtype, f"out is {out.dtype}"
+    return judge((out, lse), (golden, golden_lse), lambda: emulate(problem), value_rms(problem))
+
+
+def judge(
+    result: tuple[Tensor, Tensor],
+    golden_result: tuple[Tensor, Tensor],
+    emulated: Callable[[], Tensor],
+    value_rms: float,
+) -> Errors:
+    """Assert the rule on out and lse. emulated: the result of a good kernel; value_rms: of all values attended to."""
+    (out, lse), (golden, golden_lse) = result, golden_result
     assert lse.dtype == torch.float32, f"lse is {lse.dtype}"
     assert out.shape == golden.shape, f"out is {tuple(out.shape)}"
     assert lse.shape == golden_lse.shape, f"lse is {tuple(lse.shape)}"
@@ -62,16 +74,16 @@ def compare(problem: Problem, out: Tensor, lse: Tensor, golden: Tensor, golden_l
     lse_error = ((lse.double() - golden_lse).abs() / (1e-4 + 2e-6 * golden_lse.abs()))[seen].max().item()
     assert lse_error <= 1, f"lse: worst error is {lse_error:.2f} of the bound"
     error = (out.double() - golden)[seen]
-    row, floor = _rms(golden[seen]), 2**-8 * value_rms(problem)
+    row, floor = _rms(golden[seen]), 2**-8 * value_rms
     worst = (_rms(error) / row.clamp_min(floor)).max().item()
     limit = ROW_RMS[out.dtype]
     assert worst <= limit, f"out: worst row RMS is {worst:.2e}, limit {limit:.2e}"
-    emulated = (emulate(problem).double() - golden)[seen].abs().mean().item()
+    good = (emulated().double() - golden)[seen].abs().mean().item()
     factor = (MEAN_FACTOR if len(error) >= 4 else MEAN_FACTOR_FEW_ROWS)[out.dtype]
     # Where the emulation is exact, one rounding in twenty is allowed.
-    allowed = max(factor * emulated, limit * row.mean().item() / 20)
+    allowed = max(factor * good, limit * row.mean().item() / 20)
     mean = error.abs().mean().item()
-    assert mean <= allowed, f"out: mean error {mean:.2e}, allowed {allowed:.2e} (emulation {emulated:.2e})"
+    assert mean <= allowed, f"out: mean error {mean:.2e}, allowed {allowed:.2e} (emulation {good:.2e})"
     return Errors(worst, mean / allowed * factor, lse_error)
 
 
@@ -90,20 +102,29 @@ def emulate(problem: Problem) -> Tensor:
 
 
 def _emulate_request(q: Tensor, rows: Tensor, problem: Problem) -> Tensor:
-    maximum = torch.full(q.shape[:2], -torch.inf, device=q.device)
-    total = torch.zeros(q.shape[:2], device=q.device)
-    acc = torch.zeros(*q.shape[:2], problem.latent_dim, device=q.device)
-    last_seen = rows.shape[0] - q.shape[0] + torch.arange(q.shape[0], device=q.device)
-    for lo in range(0, rows.shape[0], EMULATED_SPLIT):
-        tile = rows[lo : lo + EMULATED_SPLIT].float()
-        position = torch.arange(lo, lo + len(tile), device=q.device)
-        scores = torch.einsum("nhd,kd->nhk", q, tile) * problem.softmax_scale
-        scores = scores.masked_fill((position > last_seen[:, None])[:, None], -torch.inf)
-        higher = torch.maximum(maximum, scores.amax(-1))
+    scores = torch.einsum("nhd,kd->nhk", q, rows.float()) * problem.softmax_scale
+    values = rows[:, None, : problem.latent_dim].expand(-1, q.shape[1], -1)
+    return emulate_softmax(scores, values, problem.q.dtype, causal=True)
+
+
+def emulate_softmax(scores: Tensor, values: Tensor, dtype: torch.dtype, *, causal: bool) -> Tensor:
+    """[n, heads, width] float32 of scores [n, heads, keys] and values [keys, heads, width], with P rounded to dtype."""
+    queries, keys = scores.shape[0], scores.shape[2]
+    last_seen = torch.full((queries,), keys - 1, device=scores.device)
+    if causal:
+        last_seen = keys - queries + torch.arange(queries, device=scores.device)
+    maximum = torch.full(scores.shape[:2], -torch.inf, device=scores.device)
+    total = torch.zeros(scores.shape[:2], device=scores.device)
+    acc = torch.zeros(*scores.shape[:2], values.shape[2], device=scores.device)
+    for lo in range(0, keys, EMULATED_SPLIT):
+        tile = values[lo : lo + EMULATED_SPLIT].float()
+        position = torch.arange(lo, lo + len(tile), device=scores.device)
+        hidden = (position > last_seen[:, None])[:, None]
+        some = scores[..., lo : lo + len(tile)].masked_fill(hidden, -torch.inf)
+        higher = torch.maximum(maximum, some.amax(-1))
         finite = higher.masked_fill(higher == -torch.inf, 0.0)
-        weights, rescale = torch.exp(scores - finite[..., None]), torch.exp(maximum - finite)
-        rounded = weights.to(problem.q.dtype).float()
-        acc = acc * rescale[..., None] + torch.einsum("nhk,kd->nhd", rounded, tile[:, : problem.latent_dim])
+        weights, rescale = torch.exp(some - finite[..., None]), torch.exp(maximum - finite)
+        acc = acc * rescale[..., None] + torch.einsum("nhk,khd->nhd", weights.to(dtype).float(), tile)
         total = total * rescale + weights.sum(-1)
         maximum = higher
     return acc / total.masked_fill(total == 0, 1.0)[..., None]

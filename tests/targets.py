@@ -10,7 +10,7 @@ from torch import Tensor
 
 from portable_mla import UnsupportedDevice, arch_of, explain, mla_decode, select
 from portable_mla.arguments import DecodeArguments
-from portable_mla.backend import LibraryBackend
+from portable_mla.backend import LibraryBackend, decode_runner
 from portable_mla.backends import reference
 from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, Status
@@ -76,7 +76,7 @@ class Target:
         )
         request = replace(arguments.request(deterministic=False), **changes)
         backend = select(request, self.backend)
-        runner = backend.bind(request)
+        runner = decode_runner(backend, request)
         capacity = request.capacity
         buffers = DecodeBuffers(
             capacity, request.shape.page_size, backend.needs(request), Status.allocate(problem.q.device)

@@ -36,24 +36,42 @@ def test_the_cpu_backend_comes_before_the_reference() -> None:
     assert [candidate.name for candidate in explain(request("cpu")).candidates] == ["cpu", "reference"]
 
 
+NO_WIDTHS = "needs a shape's nope_dim and v_dim, got None and None"
+
+
 def test_a_refusal_lists_every_reason_and_quotes_both_sides() -> None:
-    shape = dataclasses.replace(SHAPE, cache_format=CacheFormat.fp8_e4m3)
-    explanation = explain(request("cpu", shape, Phase.prefill))
-    assert explanation.chosen is None
+    shape = dataclasses.replace(SHAPE, latent_dim=300, cache_format=CacheFormat.fp8_e4m3)
+    explanation = explain(request("sm90", shape))
+    assert explanation.chosen == "reference"
     assert explanation.candidates[0].reasons == (
-        "needs phase decode, got prefill",
-        "needs a bf16, fp16 or fp32 cache, got fp8_e4m3",
+        "needs latent+rope of 512+64, 512+0, 256+64, 256+32, 128+32, got 300+64",
+        "needs a bf16 or fp16 cache, got fp8_e4m3",
     )
-    assert explanation.candidates[1].reasons == ("needs phase decode, got prefill",)
+    assert explain(request("cpu", phase=Phase.prefill)).candidates[1].reasons == (NO_WIDTHS,)
 
 
 def test_no_backend_prints_the_request_and_every_reason() -> None:
     with pytest.raises(NoBackend) as caught:
         select(request("cpu", phase=Phase.prefill))
     message = str(caught.value)
-    assert "prefill on cpu: 16 heads, latent 512 + rope 64, page_size 64" in message
-    assert "cpu: needs phase decode, got prefill" in message
-    assert "reference: needs phase decode, got prefill" in message
+    assert "prefill on cpu: 16 heads, nope None + rope 64, v None, q bfloat16, query_len <= 1" in message
+    assert f"cpu: {NO_WIDTHS}" in message
+    assert f"reference: {NO_WIDTHS}" in message
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_architecture_serves_the_prefill_of_every_model_that_states_its_widths(arch: str) -> None:
+    for model in MODELS.values():
+        explanation = explain(request(arch, model.shape(), Phase.prefill))
+        if model.nope_dim is not None:
+            assert explanation.chosen not in (None, "reference"), str(explanation)
+
+
+@pytest.mark.parametrize("arch", ["cpu", "sm90"])
+def test_a_prefill_is_served_by_its_widths_alone(arch: str) -> None:
+    shape = MLAShape.expanded(16, 128, 64, 128, torch.bfloat16)
+    cached = MODELS["deepseek-v3"].shape(tensor_parallel=8, page_size=1)
+    assert explain(request(arch, shape, Phase.prefill)).chosen == explain(request(arch, cached, Phase.prefill)).chosen
 
 
 def test_a_backend_asked_for_by_name_never_falls_back() -> None:

@@ -18,6 +18,11 @@ def test_explain_lists_every_candidate_of_an_architecture_in_order(arch: str) ->
     assert tuple(candidate["backend"] for candidate in values["candidates"]) == ORDER[arch]
     assert values["chosen"] in ORDER[arch]
     assert values["request"].startswith(f"decode on {arch}: 16 heads, latent 512 + rope 64")
+    assert tuple(candidate["backend"] for candidate in values["prefill"]["candidates"]) == ORDER[arch]
+    assert values["prefill"]["chosen"] not in (None, "reference")
+    assert values["prefill"]["request"].startswith(
+        f"prefill on {arch}: 16 heads, nope 128 + rope 64, v 128, q bfloat16"
+    )
 
 
 @pytest.mark.parametrize("arch", ["sm90", "sm120", "gfx942", "gfx950"])
@@ -25,9 +30,12 @@ def test_explain_reads_well_when_piped(arch: str) -> None:
     result = invoke("explain", "--arch", arch)
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
-    assert lines[0].startswith(f"decode on {arch}: ")
-    assert [line.split(":")[0].strip() for line in lines[1:]] == list(ORDER[arch])
-    assert sum(line.endswith(": chosen") for line in lines) == 1
+    lines = [line for line in lines if line]
+    prefill = next(index for index, line in enumerate(lines) if line.startswith("prefill"))
+    for phase, part in (("decode", lines[:prefill]), ("prefill", lines[prefill:])):
+        assert part[0].startswith(f"{phase} on {arch}: ")
+        assert [line.split(":")[0].strip() for line in part[1:]] == list(ORDER[arch])
+        assert sum(line.endswith(": chosen") for line in part) == 1
 
 
 def test_explain_passes_every_option_into_the_request() -> None:
@@ -60,6 +68,13 @@ def test_a_refusal_in_json_mode_is_a_json_object() -> None:
     result = invoke("explain", "--arch", "gfx1200", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["kind"] == "UnsupportedDevice"
+
+
+def test_a_prefill_whose_widths_nobody_published_is_refused_with_that_reason() -> None:
+    values = invoke_json("explain", "--arch", "sm90", "--model", "kimi-k3")
+    assert values["chosen"] == "triton"
+    assert values["prefill"]["chosen"] is None
+    assert "needs nope+rope/v of 128+64/128, " in values["prefill"]["candidates"][0]["reasons"][0]
 
 
 def test_a_backend_that_cannot_serve_exits_1_with_its_reason() -> None:

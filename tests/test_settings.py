@@ -37,6 +37,12 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:
         Settings.from_env({"PORTABLE_MLA_BACKEND": "fast"})
 
 
+def test_the_prefill_workspace_is_megabytes_in_powers_of_two() -> None:
+    assert Settings.from_env({"PORTABLE_MLA_PREFILL_WORKSPACE": "16"}).prefill_workspace == 16 << 20
+    with pytest.raises(ValueError, match="PORTABLE_MLA_PREFILL_WORKSPACE: expected one of 16, 32, .* 8192, got '300'"):
+        Settings.from_env({"PORTABLE_MLA_PREFILL_WORKSPACE": "300"})
+
+
 def test_every_variable_sets_a_field_of_its_own() -> None:
     fields = [variable.field for variable in VARIABLES.values()]
     assert sorted(fields) == sorted(set(fields)) == sorted(vars(Settings()))

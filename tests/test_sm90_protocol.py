@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import pytest
 
 COMPUTE, LOADER = 128, 32
-SIZES = {"weights0": 256, "weights1": 256, "query": 288} | dict.fromkeys(
+SIZES = {"weights0": 256, "weights1": 256, "query": 320} | dict.fromkeys(
     ("free_left0", "free_left1", "free_right0", "free_right1"), 160
 )
+QUERY = ("query0", "query1")
 Step = Callable[[], bool]  # does one step and says so, or says that it must wait
 Role = Generator[Step, None, None]
 
@@ -130,6 +131,15 @@ class Room:
         return step
 
 
+def scores(room: Room, item: int, key: object, count: int, keys: tuple[str, str]) -> Role:
+    """The products with both halves of Q begin, each when its half of the block has landed."""
+    for half in QUERY:
+        yield room.begin(half, item)
+    for buffer in keys:
+        yield room.wait(buffer, count)
+        yield room.begin(buffer, key)
+
+
 def left(room: Room, items: list[int]) -> Role:
     """left_warpgroup: `items` holds pairs."""
     count = 0
@@ -141,16 +151,14 @@ def left(room: Room, items: list[int]) -> Role:
                 yield room.wait("weights1", item + 1)
                 yield room.begin("weights1", ("q", item))
                 yield room.end("weights1")
-                yield room.wait("query", item + 1)
-            for buffer in ("query", "left0", "right0"):
-                if buffer != "query":
-                    yield room.wait(buffer, count)
-                yield room.begin(buffer, item if buffer == "query" else key)
+                for half in QUERY:
+                    yield room.wait(half, item + 1)
+            yield from scores(room, item, key, count, ("left0", "right0"))
             if pair:  # the product of the pair before is waited for behind the first scores
                 yield room.end("weights1")
                 yield room.end("left1")
                 yield room.arrive("free_left1")
-            for buffer in ("query", "left0", "right0"):
+            for buffer in (*QUERY, "left0", "right0"):
                 yield room.end(buffer)
             if pair == pairs - 1:
                 yield room.arrive("query")
@@ -188,15 +196,13 @@ def right(room: Room, items: list[int]) -> Role:
                 yield room.wait("weights1", item + 1)
                 yield room.begin("weights1", ("q", item))
                 yield room.end("weights1")
-                yield room.wait("query", item + 1)
-            for buffer in ("query", "right1", "left1"):
-                if buffer != "query":
-                    yield room.wait(buffer, count)
-                yield room.begin(buffer, item if buffer == "query" else key)
+                for half in QUERY:
+                    yield room.wait(half, item + 1)
+            yield from scores(room, item, key, count, ("right1", "left1"))
             yield from room.meet("right", "weights0", COMPUTE)
             yield room.begin("max0", key)
             yield room.end("max0")
-            for buffer in ("query", "right1", "left1"):
+            for buffer in (*QUERY, "right1", "left1"):
                 yield room.end(buffer)
             if pair == pairs - 1:
                 yield room.arrive("query")
@@ -234,7 +240,7 @@ def load_left(room: Room, items: list[int]) -> Role:
             if pair == 0:
                 if used:
                     yield from room.meet("load_left", "query", LOADER)
-                yield room.load("query", item)
+                yield room.load("query0", item)
                 for barrier in ("free_left0", "free_left1") if used else ():
                     yield from room.meet("load_left", barrier, LOADER)
                 yield room.load("weights1", ("q", item))
@@ -243,6 +249,8 @@ def load_left(room: Room, items: list[int]) -> Role:
             yield room.load("left0", (item, pair))
             if pair > 0:
                 yield from room.meet("load_left", "free_left1", LOADER)
+            elif not used:
+                yield room.wait("query0", 1)
             yield room.load("left1", (item, pair))
             used = True
     for barrier in ("query", "free_left0", "free_left1") if used else ():
@@ -254,12 +262,18 @@ def load_right(room: Room, items: list[int]) -> Role:
     used = False
     for item, pairs in enumerate(items):
         for pair in range(pairs):
+            if pair == 0:
+                if used:
+                    yield from room.meet("load_right", "query", LOADER)
+                yield room.load("query1", item)
             for block in ("0", "1"):
                 if used:
                     yield from room.meet("load_right", f"free_right{block}", LOADER)
+                elif block == "1":
+                    yield room.wait("query1", 1)
                 yield room.load(f"right{block}", (item, pair))
             used = True
-    for barrier in ("free_right0", "free_right1") if used else ():
+    for barrier in ("query", "free_right0", "free_right1") if used else ():
         yield from room.meet("load_right", barrier, LOADER)
 
 

@@ -1,11 +1,12 @@
-"""Decode tiles of AMD Instinct GPUs, none of which spills on Triton 3.6.0.
+"""Decode and prefill tiles of AMD Instinct GPUs, none of which spills on Triton 3.6.0.
 
 Comments: vector registers (of 512), LDS KB on gfx942 for the widest geometry of the row (Triton 3.6.0).
 """
 
 from dataclasses import replace
 
-from portable_mla.backends.triton.tile import Rule, Tile, when
+from portable_mla.backends.triton.prefill_tile import PrefillRule, PrefillRules, PrefillTile, when_prefill
+from portable_mla.backends.triton.tile import DecodeRules, Rule, Tile, when
 
 _WIDE = Tile(64, 32, 4, 1, waves_per_eu=1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 _MIDDLE = replace(_WIDE, block_h=32, num_stages=2)
@@ -37,7 +38,25 @@ _GFX942 = (
 _GFX950 = tuple(Rule(rule.when, replace(rule.tile, kpack=1)) for rule in _GFX942)
 # one L2 for all compute units of a die
 _GFX90A = tuple(Rule(rule.when, replace(rule.tile, kpack=1, num_xcds=1)) for rule in _GFX942)
-RULES = {"gfx90a": _GFX90A, "gfx942": _GFX942, "gfx950": _GFX950}
+RULES: dict[str, DecodeRules] = {"gfx90a": _GFX90A, "gfx942": _GFX942, "gfx950": _GFX950}
+
+_PREFILL = PrefillTile(128, 64, 8, 1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
+# 8 warps, so that two waves fit a SIMD: with 4, 192+64/256 spills in the loop
+_PREFILL_GFX942 = (
+    # 236 regs, 32 KB, 256 16x16x16_bf16
+    PrefillRule(when_prefill(qk_above=192), _PREFILL),
+    # 188 regs, 32 KB, 160 16x16x16_bf16
+    PrefillRule(when_prefill(qk_above=96), _PREFILL),
+    # 256 regs, 16 KB, 160 16x16x16_bf16
+    PrefillRule(when_prefill(), replace(_PREFILL, num_warps=4)),
+)
+_PREFILL_GFX950 = tuple(PrefillRule(rule.when, replace(rule.tile, kpack=1)) for rule in _PREFILL_GFX942)
+_PREFILL_GFX90A = tuple(PrefillRule(rule.when, replace(rule.tile, kpack=1, num_xcds=1)) for rule in _PREFILL_GFX942)
+PREFILL_RULES: dict[str, PrefillRules] = {
+    "gfx90a": _PREFILL_GFX90A,
+    "gfx942": _PREFILL_GFX942,
+    "gfx950": _PREFILL_GFX950,
+}
 
 # AITER's decode kernels that return LSE for rows of 512 + 64, by how the cache is stored: heads -> query tokens.
 # Other rows of its table write no LSE, or have open reports of wrong results: see the adapter.

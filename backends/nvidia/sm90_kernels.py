@@ -15,6 +15,19 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   free SMs: (1, 16, 81920) 52.5, without dependent launch 48.1, like this 47.5.
 - 16-byte stores after an exchange between lanes (sm90_store_kernels.py) and a start that waits for one load less before
   the warps part: predicted 1.2 and 0.6 at (1, 128, 1024), whose decode took 13.5 before and 13.7 after. Kept, unproved.
+- Dependent launch of the decode itself, and a guess at the part's first item prefetched: predicted 1.6 together;
+  (128, 16, 4096) 219.5 -> 218.5, (32, 64, 4096) 79.2 -> 78.1. Kept.
+- Float16 partial results from 17 rows on (sm90_tile.py): a program's stores of 64 rows took 5300 cycles, as fast as L2
+  takes 17 MB from all. Predicted 2.5 at (32, 64, 4096): 76.2 -> 71.3.
+- Q before the keys, in halves by both loaders, and the first odd block after it: Q arrived after 17000 cycles, behind
+  the first keys of all programs, now after 8500. Predicted 2.3 at (8, 16, 8192), 40.5 -> 40.9; (1, 16, 1024) 11.6 ->
+  10.9. Kept for the small batches.
+- Plans in single blocks: predicted 10 % for the Azure trace, 32 requests: 30.7 -> 35.1, since odd pieces score an empty
+  block. Dropped.
+
+The two warpgroups' shared vectors and weights are ordered by the named barriers and, for weights0, through the loader
+that refills the even block's right half: tests/test_sm90_protocol.py plays it. compute-sanitizer's racecheck does not
+follow arrivals without a wait (bar.arrive), and reports them.
 """
 
 from triton.experimental import gluon
@@ -33,7 +46,6 @@ from portable_mla.backends.nvidia.sm90_room_kernels import (
 )
 from portable_mla.backends.nvidia.sm90_score_kernels import (
     ACC,
-    ACC_ROW,
     SCORES,
     SCORES_ROW,
     WEIGHTS_OPERAND,
@@ -44,7 +56,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     wait_query,
     zero_tails,
 )
-from portable_mla.backends.nvidia.sm90_store_kernels import row_peak, store_item
+from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, read_slot, store_item, tell_peak
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -151,16 +163,16 @@ def left_warpgroup(
             acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
             phase ^= 1
             query_phase ^= 1
+            slot = read_slot(work, index)
             room.sum0.store(row_sum)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             arrive(FREE_LEFT_1, RELEASE_THREADS)
-            peak = row_peak(acc)
-            room.peak0.store(peak)
+            peak = tell_peak(acc, slot, room.peak0, results)
             arrive(WEIGHTS_0, PAIR_THREADS)
             meet(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum1.load(SCORES_ROW)
-            peak = gl.maximum(peak, room.peak1.load(ACC_ROW))
-            store_item(acc, row_max, row_sum, peak, work, index, results, 0, HEADS)
+            peak = hear_peak(peak, slot, room.peak1, results)
+            store_item(acc, row_max, row_sum, peak, slot, work, index, results, 0, HEADS)
 
 
 @gluon.jit
@@ -238,14 +250,14 @@ def right_warpgroup(
                 phase ^= 1
                 position -= 2 * BLOCK
             query_phase ^= 1
+            slot = read_slot(work, index)
             room.sum1.store(row_sum)
-            peak = row_peak(acc)
-            room.peak1.store(peak)
+            peak = tell_peak(acc, slot, room.peak1, results)
             meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
             arrive(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum0.load(SCORES_ROW)
-            peak = gl.maximum(peak, room.peak0.load(ACC_ROW))
-            store_item(acc, row_max, row_sum, peak, work, index, results, HALF, HEADS)
+            peak = hear_peak(peak, slot, room.peak0, results)
+            store_item(acc, row_max, row_sum, peak, slot, work, index, results, HALF, HEADS)
 
 
 @gluon.jit(do_not_specialize=["tokens", "page_rows", "max_rows", "stride_lse_token", "stride_lse_head"])
@@ -304,7 +316,7 @@ def sm90_decode_kernel(
             (left_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
             (right_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
             (load_left, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, PREFETCH)),
-            (load_right, (room, work, cache, HEADS, ROPE, PAGE_SIZE, PREFETCH)),
+            (load_right, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, PREFETCH)),
         ],
         [4, 1, 1],
         [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],

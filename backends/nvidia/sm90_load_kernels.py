@@ -1,4 +1,4 @@
-"""The two loader warps of the sm90 decode kernel: TMA of Q and of each half of every block of keys.
+"""The two loader warps of the sm90 decode kernel: TMA of each half of Q and of every block of keys.
 
 Each loader walks the same pairs as the warpgroups and refills a half block when the warpgroup that read it last lets
 go of it. Pairs go from the end of the sequence to its start.
@@ -81,12 +81,15 @@ def _load_half(kv_desc, rows, FIRST: gl.constexpr, full, half, exists, PAGE_SIZE
 
 
 @gluon.jit
-def _load_query(q_desc, q_row, room, QUERY_ROWS: gl.constexpr):
-    """Rows past QUERY_ROWS keep what they hold: rows never mix, and those are not written."""
-    mbarrier.expect(room.query_full, LATENT * QUERY_ROWS * 2)
-    for tile in gl.static_range(LATENT // BLOCK):
-        part = room.query.index(0).slice(tile * BLOCK, BLOCK, 1).slice(0, QUERY_ROWS, 0)
-        tma_load(q_desc, [q_row, tile * BLOCK], room.query_full, part)
+def _load_query(q_desc, q_row, query, full, FIRST: gl.constexpr, QUERY_ROWS: gl.constexpr):
+    """Half of Q's latent columns.
+
+    Rows past QUERY_ROWS keep what they hold: rows never mix, and those are not written.
+    """
+    mbarrier.expect(full, HALF * QUERY_ROWS * 2)
+    for tile in gl.static_range(HALF // BLOCK):
+        part = query.index(0).slice(FIRST + tile * BLOCK, BLOCK, 1).slice(0, QUERY_ROWS, 0)
+        tma_load(q_desc, [q_row, FIRST + tile * BLOCK], full, part)
 
 
 @gluon.jit
@@ -113,7 +116,11 @@ def load_left(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
     QUERY_ROWS: gl.constexpr, PREFETCH: gl.constexpr,
 ):  # fmt: skip
-    """Q, and columns 0..255 of both blocks of every pair, which warpgroup 0 lets go of."""
+    """Columns 0..255 and the rope part of Q, and columns 0..255 of both blocks, which warpgroup 0 lets go of.
+
+    All programs begin at once, and their first loads take as long as a few pairs: those of the first odd block wait
+    for Q, so that the scores of the even one begin, and its room is filled again, while the memory is still busy.
+    """
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
     used = 0
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
@@ -127,7 +134,7 @@ def load_left(
             if step == 0:
                 if used > 0:
                     meet(FREE_QUERY, QUERY_THREADS)
-                _load_query(q_desc, q_row, room, QUERY_ROWS)
+                _load_query(q_desc, q_row, room.query, room.query_left_full, 0, QUERY_ROWS)
                 if used > 0:
                     meet(FREE_LEFT_0, RELEASE_THREADS)
                     meet(FREE_LEFT_1, RELEASE_THREADS)
@@ -138,6 +145,8 @@ def load_left(
             _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, True, PAGE_SIZE)
             if step > 0:
                 meet(FREE_LEFT_1, RELEASE_THREADS)
+            elif used == 0:
+                mbarrier.wait(room.query_left_full, 0)
             exists = position + BLOCK < item.kv_end
             _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, exists, PAGE_SIZE)
             if PREFETCH:
@@ -152,9 +161,10 @@ def load_left(
 
 @gluon.jit
 def load_right(
-    room, work, cache, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr, PREFETCH: gl.constexpr
+    room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    QUERY_ROWS: gl.constexpr, PREFETCH: gl.constexpr,
 ):  # fmt: skip
-    """Columns from 256 on of both blocks of every pair, which warpgroup 1 lets go of."""
+    """Columns 256..511 of Q, and columns from 256 on of both blocks, which warpgroup 1 lets go of."""
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
     used = 0
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
@@ -164,6 +174,11 @@ def load_right(
             position = (item.first_block + 2 * (item.pairs - 1 - step)) * BLOCK
             even = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
             odd = block_rows(row_ptr, position + BLOCK, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+            if step == 0:
+                if used > 0:
+                    meet(FREE_QUERY, QUERY_THREADS)
+                q_row = item.query_start * HEADS + work.first_row
+                _load_query(q_desc, q_row, room.query, room.query_right_full, HALF, QUERY_ROWS)
             if used > 0:
                 meet(FREE_RIGHT_0, RELEASE_THREADS)
             _load_half(cache.rows, even, HALF, room.even.right_full, room.even.right, True, PAGE_SIZE)
@@ -171,6 +186,8 @@ def load_right(
                 _load_tile(cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), True, PAGE_SIZE)
             if used > 0:
                 meet(FREE_RIGHT_1, RELEASE_THREADS)
+            else:
+                mbarrier.wait(room.query_right_full, 0)
             exists = position + BLOCK < item.kv_end
             _load_half(cache.rows, odd, HALF, room.odd.right_full, room.odd.right, exists, PAGE_SIZE)
             if ROPE:
@@ -179,5 +196,6 @@ def load_right(
                 _prefetch(cache, row_ptr, position - BLOCK, item, work.first_row, ROPE, PAGE_SIZE)
             used = 1
     if used > 0:
+        meet(FREE_QUERY, QUERY_THREADS)
         meet(FREE_RIGHT_0, RELEASE_THREADS)
         meet(FREE_RIGHT_1, RELEASE_THREADS)

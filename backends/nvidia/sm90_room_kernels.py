@@ -40,7 +40,8 @@ class Room:
     """Everything in shared memory. weights1 first receives the rope part of Q, which then lives in registers."""
 
     query: gl.shared_memory_descriptor  # [1, 64, 512]
-    query_full: gl.shared_memory_descriptor
+    query_left_full: gl.shared_memory_descriptor
+    query_right_full: gl.shared_memory_descriptor
     query_rope_full: gl.shared_memory_descriptor
     even: KeyBlock
     odd: KeyBlock
@@ -55,10 +56,12 @@ class Room:
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_full, query_rope_full, even, odd, weights0, weights1, max0, max1, sum0, sum1, peak0, peak1
+        self, query, query_left_full, query_right_full, query_rope_full, even, odd, weights0, weights1, max0, max1,
+        sum0, sum1, peak0, peak1,
     ):  # fmt: skip
         self.query = query
-        self.query_full = query_full
+        self.query_left_full = query_left_full
+        self.query_right_full = query_right_full
         self.query_rope_full = query_rope_full
         self.even = even
         self.odd = odd
@@ -192,7 +195,7 @@ def new_block(DTYPE: gl.constexpr):
 def new_room(DTYPE: gl.constexpr):
     """In tiles of 8 KB: Q 8, two blocks of keys 18, weights 2. 225 KB with the vectors, of the 227 there are."""
     return Room(
-        new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_block(DTYPE), new_block(DTYPE),
+        new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_barrier(), new_block(DTYPE), new_block(DTYPE),
         new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(), new_vector(), new_vector(),
         new_vector(), new_vector(),
     )  # fmt: skip

@@ -50,15 +50,15 @@ class Sm90Runner:
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._tile = tile or sm90_tile(self._rows)
         self._grid = (self.plan_shape.parts * row_tiles(self._rows, _ROWS_AND_KEYS),)
-        narrow = self._tile.narrow and request.shape.q_dtype is torch.bfloat16
-        self._partial_sizes = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
+        narrow = self._tile.narrow and request.shape.q_dtype is torch.bfloat16  # float16 keeps more digits than that
+        self.partials = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
         constants = self.decode_constants()
         self._query_box: int = constants["QUERY_ROWS"]
         self._decode = KernelLaunch(sm90_decode_kernel, constants)
         self._combine = Combine(request, self.plan_shape.parts, narrow=narrow, dependent=self._tile.dependent)
         self._portable = PortablePath(request, portable)
         self._metadata: DecodeMetadata | None = None
-        self._partials: tuple[Tensor, Tensor] | None = None
+        self._partial_tensors: tuple[Tensor, Tensor] | None = None
         self._dense_q: Tensor | None = None
 
     @property
@@ -68,14 +68,14 @@ class Sm90Runner:
 
     def plan(self, metadata: DecodeMetadata) -> None:
         """The plan is the metadata's; the first one also allocates the partial results."""
-        if self._partials is None:
-            self._partials = self._partial_sizes.allocate(metadata.batch.device)
+        if self._partial_tensors is None:
+            self._partial_tensors = self.partials.allocate(metadata.batch.device)
         self._metadata = metadata
         self._portable.plan(metadata)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the partial results, and of what odd queries or caches have needed so far."""
-        memory = {"split partials": self._partial_sizes.nbytes}
+        memory = {"split partials": self.partials.nbytes}
         if self._dense_q is not None:
             memory["query copy"] = self._dense_q.nbytes
         return memory | self._portable.memory()
@@ -84,7 +84,7 @@ class Sm90Runner:
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
     ) -> None:
         """Two launches: split decode, and the combine that also defines rows without work."""
-        assert self._metadata is not None and self._partials is not None, "run before plan"
+        assert self._metadata is not None and self._partial_tensors is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
         q, cache, plan = inputs.q, inputs.kv_cache, self._metadata.split_plan
         assert plan is not None, "asked for in needs()"
@@ -100,10 +100,10 @@ class Sm90Runner:
         self._decode(
             key, self._grid,
             self._query_rows(q), _cache_rows(cache, rows), cache, plan.table_header, plan.part_indptr, plan.items,
-            out, lse, *self._partials, self._metadata.status.words, softmax_scale, q.shape[0], rows, stride_slot,
+            out, lse, *self._partial_tensors, self._metadata.status.words, softmax_scale, q.shape[0], rows, stride_slot,
             self._rows, *results,
         )  # fmt: skip
-        self._combine(key, plan.token_slots, self._partials, out, lse, self._rows, results)
+        self._combine(key, plan.token_slots, self._partial_tensors, out, lse, self._rows, results)
 
     def decode_constants(self) -> dict[str, Any]:
         """Constants and options of the decode kernel's launch."""

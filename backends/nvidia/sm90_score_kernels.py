@@ -79,7 +79,8 @@ def wait_query(room, query_phase, ROPE: gl.constexpr):
     if ROPE:
         mbarrier.wait(room.query_rope_full, query_phase)
         q_rope = room.weights1.index(opaque(0)).load(QUERY_OPERAND)
-    mbarrier.wait(room.query_full, query_phase)
+    mbarrier.wait(room.query_left_full, query_phase)
+    mbarrier.wait(room.query_right_full, query_phase)
     return q_rope
 
 

@@ -36,9 +36,29 @@ LEAST_PEAK = gl.constexpr(2.0**-120)  # its reciprocal is finite
 
 
 @gluon.jit
-def row_peak(acc):
-    """The largest magnitude of each row."""
-    return gl.max(gl.abs(acc), 1)
+def read_slot(work, index):
+    """Where the item's partial result goes, or -1."""
+    return gl.load(work.items_ptr + opaque(index) * ITEM_FIELDS + 3)
+
+
+@gluon.jit
+def tell_peak(acc, slot, vector, results):
+    """The largest magnitude of each row, told to the other warpgroup; nothing where no float16 is to be written."""
+    peak = gl.full([BLOCK], 1.0, gl.float32, ACC_ROW)
+    if results.partial_out_ptr.dtype.element_ty != gl.float32:  # noqa: SIM102 a constant, then a value
+        if slot >= 0:
+            peak = gl.max(gl.abs(acc), 1)
+            vector.store(peak)
+    return peak
+
+
+@gluon.jit
+def hear_peak(peak, slot, vector, results):
+    """The largest magnitude of each row over both warpgroups' columns."""
+    if results.partial_out_ptr.dtype.element_ty != gl.float32:  # noqa: SIM102 a constant, then a value
+        if slot >= 0:
+            peak = gl.maximum(peak, vector.load(ACC_ROW))
+    return peak
 
 
 @gluon.jit
@@ -101,7 +121,7 @@ def _store_piece(acc, peak, rows, slot, work, results, FIRST: gl.constexpr):
 
 @gluon.jit
 def store_item(
-    acc, row_max, row_sum, peak, work, index, results, FIRST: gl.constexpr, HEADS: gl.constexpr
+    acc, row_max, row_sum, peak, slot, work, index, results, FIRST: gl.constexpr, HEADS: gl.constexpr
 ):  # fmt: skip
     """Normalises and writes columns FIRST..FIRST + 255; the left warpgroup also writes what the rows summed to.
 
@@ -109,7 +129,6 @@ def store_item(
     The item's fields are read again here: kept through the loop over keys they would cost registers.
     """
     item_ptr = work.items_ptr + opaque(index) * ITEM_FIELDS
-    slot = gl.load(item_ptr + 3)
     query_start = gl.load(item_ptr + 5)
     query_end = query_start + gl.load(item_ptr + 6)
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS

@@ -20,7 +20,7 @@ FREE_QUERY = gl.constexpr(13)
 
 PAIR_THREADS = gl.constexpr(256)  # both compute warpgroups
 RELEASE_THREADS = gl.constexpr(160)  # one compute warpgroup and a loader warp
-QUERY_THREADS = gl.constexpr(288)  # both compute warpgroups and a loader warp
+QUERY_THREADS = gl.constexpr(320)  # both compute warpgroups and both loader warps
 
 # Renamed after Triton 3.6.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

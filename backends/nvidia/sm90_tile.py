@@ -18,14 +18,18 @@ class Sm90Tile:
     prefetch: bool = False  # ask L2 for the next pair of blocks
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
-    narrow: bool = True  # partial results of bfloat16 in float16, in units of their row's peak
+    narrow: bool = True  # partial results of bfloat16 are float16, in units of their row's peak
     early: bool = True  # a program sets itself up while the kernel before ends
     dependent: bool = True  # the combine starts while the last programs decode
 
 
 def sm90_tile(rows: int) -> Sm90Tile:
     """The options for `rows` query rows (heads * query tokens) of a unit of the plan."""
+    if rows <= 16:
+        # (1, 16, 8192) 15.8, with narrow partial results 16.8: few rows are soon stored, and peaks take longer
+        return Sm90Tile(merge_cost=15, narrow=False)
     if rows <= 64:
+        # (8, 64, 8192) 48.4, with wide partial results 51.0; (32, 64, 4096) 71.3 and 76.2. Predicted 2.5 less
         # Partial results are small: (1, 16, 8192) 14.2 with parts of one tile, 16.4 with two. Prefetching was predicted
         # to keep more bytes in flight, and lost 7 % at (128, 16, 4096): 246, without 229
         return Sm90Tile(merge_cost=15)

@@ -1,11 +1,12 @@
-"""Decode tiles of NVIDIA GPUs.
+"""Decode and prefill tiles of NVIDIA GPUs.
 
 Comments: registers, bytes of stack where there are any, shared KB and matrix instructions of the widest geometry of the
 row on Triton 3.6.0, then on 3.9, when the row was chosen (ci/budgets.json has today's); microseconds are of an H100,
 bf16, page 64, at (batch, heads, context).
 """
 
-from portable_mla.backends.triton.tile import Rule, Tile, when
+from portable_mla.backends.triton.prefill_tile import PrefillRule, PrefillRules, PrefillTile, when_prefill
+from portable_mla.backends.triton.tile import DecodeRules, Rule, Tile, when
 
 # mma.sync, 99 KB of shared memory: the tile of Q and two or three tiles of K
 _SM89 = (
@@ -107,7 +108,7 @@ _SM120 = (
     Rule(when(latent_above=256, whole_tiles=32), Tile(16, 32, 4, 3, "descriptor")),
     *_SM89,
 )
-RULES = {
+RULES: dict[str, DecodeRules] = {
     "sm80": _SM80,
     "sm86": _SM89,
     "sm89": _SM89,
@@ -116,6 +117,52 @@ RULES = {
     "sm103": _SM100,
     "sm120": _SM120,
     "sm121": _SM120,
+}
+
+# Prefill: the figures are of 192+64/256, 128+64/128, 64+64/128 and 64+32/64 in causal bf16, Triton 3.6.0.
+_PREFILL_SM89 = (
+    # 204 regs, 68 KB, 192 HMMA; 64x64 takes 104 KB, 128x32 spills 65 times in the loop
+    PrefillRule(when_prefill(qk_above=192), PrefillTile(64, 32, 8, 2)),
+    # 255 regs, 88 KB, 160 HMMA; 128x64 spills in the loop
+    PrefillRule(when_prefill(qk_above=128), PrefillTile(128, 32, 8, 3)),
+    # 236 regs, 64 KB, 256 HMMA
+    PrefillRule(when_prefill(qk_above=96), PrefillTile(128, 64, 8, 2)),
+    # 205 regs, 64 KB, 160 HMMA
+    PrefillRule(when_prefill(), PrefillTile(128, 64, 8, 3)),
+)
+_PREFILL_SM80 = (
+    # 245 regs, 104 KB, 256 HMMA
+    PrefillRule(when_prefill(qk_above=192), PrefillTile(64, 64, 8, 2)),
+    *_PREFILL_SM89[1:],
+)
+# Warpgroups of 64 rows each: 128 rows let two take turns at the tensor cores.
+_PREFILL_SM90 = (
+    # 255 regs, 24 B outside the loop, 193 KB, 40 HGMMA
+    PrefillRule(when_prefill(qk_above=192), PrefillTile(128, 64, 8, 2, "descriptor")),
+    # 255 regs, 40 B outside the loop, 209 KB, 40 HGMMA
+    PrefillRule(when_prefill(qk_above=128), PrefillTile(128, 128, 8, 2, "descriptor")),
+    # 254 regs, 161 KB, 32 HGMMA
+    PrefillRule(when_prefill(qk_above=96), PrefillTile(128, 128, 8, 2, "descriptor")),
+    # 242 regs, 145 KB, 28 HGMMA
+    PrefillRule(when_prefill(), PrefillTile(128, 128, 8, 3, "descriptor")),
+)
+_PREFILL_SM100 = (
+    # 226 regs, 161 KB, 152 UTCHMMA; 128x64 spills in the loop
+    PrefillRule(when_prefill(qk_above=192), PrefillTile(64, 64, 8, 2, "descriptor")),
+    # 233 regs, 129 KB, 104 UTCHMMA
+    PrefillRule(when_prefill(qk_above=128), PrefillTile(128, 64, 8, 2, "descriptor")),
+    # 236 regs, 97 KB, 72 UTCHMMA
+    PrefillRule(when_prefill(), PrefillTile(128, 64, 8, 2, "descriptor")),
+)
+PREFILL_RULES: dict[str, PrefillRules] = {
+    "sm80": _PREFILL_SM80,
+    "sm86": _PREFILL_SM89,
+    "sm89": _PREFILL_SM89,
+    "sm90": _PREFILL_SM90,
+    "sm100": _PREFILL_SM100,
+    "sm103": _PREFILL_SM100,
+    "sm120": _PREFILL_SM89,
+    "sm121": _PREFILL_SM89,
 }
 
 GLUON_ARCH = "sm90"

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from portable_mla.backend import Runner
-from portable_mla.backends.triton.tile import Rule, Tile, TileRequest, choose_tile
+from portable_mla.backend import PrefillRunner, Runner
+from portable_mla.backends.triton.prefill_tile import PrefillRules, PrefillTile, PrefillTileRequest
+from portable_mla.backends.triton.tile import DecodeRules, Tile, TileRequest, choose_tile
 from portable_mla.cache_format import CacheFormat
 from portable_mla.metadata import Needs
 from portable_mla.shape import Phase, Request
 
 GEOMETRIES = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # latent, rope: those the compile gate covers
-MAX_HEADS, MAX_QUERY_LEN = 128, 8
+MAX_HEADS = 128
+# Query tokens that one unit of a split plan may hold; longer queries, an absorbed prefill, are cut into blocks. Where
+# cuts are fixed, each block has room for all its pieces, which would take gigabytes of long queries.
+MAX_QUERY_LEN = 8
+MAX_PLANNED_TOKENS = 1 << 18  # each plan program scans the blocks of all requests
+PREFILL_GEOMETRIES = ((128, 64, 128), (192, 64, 256), (256, 0, 256), (64, 64, 128), (64, 32, 64))  # nope, rope, v
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+Checks = tuple[tuple[bool, str], ...]  # what must hold, and the reason where it does not
 
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """Split-KV decode in plain Triton, for the architectures of one vendor that have tile rules."""
+    """Split-KV decode and ragged prefill in plain Triton, for the architectures of one vendor that have tile rules."""
 
-    rules: Mapping[str, Sequence[Rule]]
+    rules: Mapping[str, DecodeRules]
+    prefill_rules: Mapping[str, PrefillRules]
 
     def reasons_unavailable(self) -> tuple[str, ...]:
         """Triton comes with torch's GPU builds; elsewhere it is an extra."""
@@ -32,23 +43,42 @@ class TritonBackend:
 
     def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
         """Geometries, dtypes and sizes that the kernels are compiled and tested for."""
+        checks = self._prefill_checks(request) if request.phase is Phase.prefill else self._decode_checks(request)
+        return tuple(reason for holds, reason in checks if not holds)
+
+    def _decode_checks(self, request: Request) -> Checks:
         shape = request.shape
         geometry = (shape.latent_dim, shape.rope_dim)
         known = ", ".join(f"{latent}+{rope}" for latent, rope in GEOMETRIES)
         formats = (CacheFormat.bf16, CacheFormat.fp16)
-        checks = (
-            (request.phase is Phase.decode, f"needs phase decode, got {request.phase.value}"),
+        planned = request.capacity.max_batch * request.max_query_len
+        return (
             (request.arch.name in self.rules, f"needs tile rules, {request.arch.name} has none"),
             (geometry in GEOMETRIES, f"needs latent+rope of {known}, got {geometry[0]}+{geometry[1]}"),
             (shape.cache_format in formats, f"needs a bf16 or fp16 cache, got {shape.cache_format.name}"),
-            (shape.q_dtype in (torch.bfloat16, torch.float16), f"needs bf16 or fp16 queries, got {shape.q_dtype}"),
+            (shape.q_dtype in HALF_DTYPES, f"needs bf16 or fp16 queries, got {shape.q_dtype}"),
             (shape.heads <= MAX_HEADS, f"needs at most {MAX_HEADS} heads, got {shape.heads}"),
             (
-                request.max_query_len <= MAX_QUERY_LEN,
-                f"needs at most {MAX_QUERY_LEN} query tokens a request, got {request.max_query_len}",
+                request.max_query_len <= MAX_QUERY_LEN or not request.deterministic,
+                f"needs at most {MAX_QUERY_LEN} query tokens a request where bits must not depend on the batch, "
+                f"got {request.max_query_len}",
+            ),
+            (
+                request.max_query_len <= MAX_QUERY_LEN or planned <= MAX_PLANNED_TOKENS,
+                f"needs max_batch * max_query_len of at most {MAX_PLANNED_TOKENS}, got {planned}",
             ),
         )
-        return tuple(reason for holds, reason in checks if not holds)
+
+    def _prefill_checks(self, request: Request) -> Checks:
+        shape = request.shape
+        geometry = (shape.nope_dim, shape.rope_dim, shape.v_dim)
+        known = ", ".join(f"{nope}+{rope}/{v}" for nope, rope, v in PREFILL_GEOMETRIES)
+        got = f"{geometry[0]}+{geometry[1]}/{geometry[2]}"
+        return (
+            (request.arch.name in self.prefill_rules, f"needs prefill tile rules, {request.arch.name} has none"),
+            (geometry in PREFILL_GEOMETRIES, f"needs nope+rope/v of {known}, got {got}"),
+            (shape.q_dtype in HALF_DTYPES, f"needs bf16 or fp16 queries, got {shape.q_dtype}"),
+        )
 
     def needs(self, request: Request) -> Needs:
         """Page tables are walked in place, where the split plan says."""
@@ -56,8 +86,12 @@ class TritonBackend:
 
         return Needs(split_plan=plan_shape(request, self.tile(request)))
 
-    def bind(self, request: Request) -> Runner:
-        """A runner; its buffers are allocated by the first plan, on the device of the batch, and stay."""
+    def bind(self, request: Request) -> Runner | PrefillRunner:
+        """A runner; a decode's buffers are allocated by the first plan, on the device of the batch, and stay."""
+        if request.phase is Phase.prefill:
+            from portable_mla.backends.triton.prefill_runner import TritonPrefill
+
+            return TritonPrefill(request, self.prefill_tile(request))
         from portable_mla.backends.triton.runner import TritonRunner
 
         return TritonRunner(request, self.tile(request))
@@ -69,3 +103,10 @@ class TritonBackend:
         return choose_tile(
             self.rules[request.arch.name], TileRequest(rows, shape.latent_dim, shape.rope_dim, shape.page_size)
         )
+
+    def prefill_tile(self, request: Request) -> PrefillTile:
+        """The tile of a prefill."""
+        shape = request.shape
+        assert shape.nope_dim is not None and shape.v_dim is not None, "refused by dispatch"
+        asked = PrefillTileRequest(shape.nope_dim + shape.rope_dim, shape.v_dim)
+        return choose_tile(self.prefill_rules[request.arch.name], asked)

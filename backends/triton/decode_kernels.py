@@ -12,7 +12,7 @@ START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never
 
 
 @triton.jit
-def _grouped_program_id(NUM_XCDS: tl.constexpr):
+def grouped_program_id(NUM_XCDS: tl.constexpr):
     """Program index under which neighbours share an L2: AMD deals consecutive workgroups over its XCDs in turn."""
     pid = tl.program_id(0)
     if NUM_XCDS == 1:
@@ -210,7 +210,7 @@ def decode_kernel(
     NUM_XCDS: tl.constexpr,
 ):
     """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
-    pid = _grouped_program_id(NUM_XCDS)
+    pid = grouped_program_id(NUM_XCDS)
     part = pid // ROW_TILES
     first_row = (pid % ROW_TILES) * BLOCK_H
     item_lo = tl.load(part_indptr_ptr + part)

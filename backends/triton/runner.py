@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from portable_mla.backend import DecodeInputs
+from portable_mla.backends.triton.backend import MAX_QUERY_LEN
 from portable_mla.backends.triton.combine import Combine, Partials
 from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.tile import Tile, amd_options, count_parts, query_block, row_tiles
@@ -21,10 +22,10 @@ from portable_mla.shape import Request
 def plan_shape(request: Request, tile: Tile) -> PlanShape:
     """The split plan of this tile. A uniform batch reads each latent row once for all of a request's query tokens; a
     ragged one is cut into blocks of query tokens, so that short queries leave no row tile idle; where results must not
-    depend on the batch, so must the blocks.
+    depend on the batch, so must the blocks. An absorbed prefill is many such blocks, each with its own causal end.
     """
     capacity, heads, most = request.capacity, request.shape.heads, request.max_query_len
-    whole = request.uniform_queries and not request.deterministic
+    whole = request.uniform_queries and not request.deterministic and most <= MAX_QUERY_LEN
     block_q = most if whole else query_block(heads, most, tile)
     return PlanShape(
         parts=count_parts(heads * block_q, tile, request.arch.units),

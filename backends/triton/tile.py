@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
+
+Asked = TypeVar("Asked")
+Shape = TypeVar("Shape")
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,14 @@ class TileRequest:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Generic[Asked, Shape]):
     """A tile, and the requests that it is for."""
 
-    when: Callable[[TileRequest], bool]
-    tile: Tile
+    when: Callable[[Asked], bool]
+    tile: Shape
+
+
+DecodeRules = Sequence[Rule[TileRequest, Tile]]
 
 
 def when(*, rows_above: int = 0, latent_above: int = 0, whole_tiles: int = 0) -> Callable[[TileRequest], bool]:
@@ -59,7 +65,7 @@ def when(*, rows_above: int = 0, latent_above: int = 0, whole_tiles: int = 0) ->
     return matches
 
 
-def choose_tile(rules: Sequence[Rule], request: TileRequest) -> Tile:
+def choose_tile(rules: Sequence[Rule[Asked, Shape]], request: Asked) -> Shape:
     """The tile of the first rule that matches. Raises LookupError if none does: every table ends in a catch-all."""
     for rule in rules:
         if rule.when(request):
@@ -82,7 +88,18 @@ def count_parts(rows: int, tile: Tile, units: int) -> int:
     return max(units * tile.programs_per_unit // row_tiles(rows, tile), 1)
 
 
-def amd_options(tile: Tile) -> dict[str, int]:
+class AmdOptions(Protocol):
+    """What a tile says to AMD's compiler."""
+
+    @property
+    def waves_per_eu(self) -> int: ...
+    @property
+    def matrix_instr_nonkdim(self) -> int: ...
+    @property
+    def kpack(self) -> int: ...
+
+
+def amd_options(tile: AmdOptions) -> dict[str, int]:
     """Launch options that only AMD's compiler takes."""
     return {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": tile.matrix_instr_nonkdim, "kpack": tile.kpack}
 

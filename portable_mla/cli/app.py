@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from portable_mla.device import ARCHS
 from portable_mla.models import MODELS
 from portable_mla.registry import BACKENDS
 from portable_mla.settings import Settings
+from portable_mla.shape import Phase
 
 app = typer.Typer(
     help="Multi-head Latent Attention on every GPU that serves it: what this machine has, what serves a request and "
@@ -98,7 +100,8 @@ def explain(  # noqa: PLR0913 (one parameter an option)
     backend: BackendName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which backend serves a decode request on any architecture, and why not the others. Exits 1 if none does."""
+    """Which backend serves the decode and the prefill of a model on any architecture, and why not the others. A prefill
+    has --batch prompts of up to --context tokens. Exits 1 if nothing serves the decode."""
     question = explaining.Question(
         arch=arch,
         model=model,
@@ -114,11 +117,13 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         deterministic=deterministic,
     )
     with clear_refusals(as_json=as_json):
-        explanation = explaining.answer(question.request(), Settings.from_env(), backend)
+        explanation, prefill = (
+            explaining.answer(replace(question, phase=phase).request(), Settings.from_env(), backend) for phase in Phase
+        )
     if as_json:
-        show_json(explaining.as_json(explanation))
+        show_json(explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill)})
     else:
-        show(explaining.as_section(explanation))
+        show(explaining.as_section(explanation), explaining.as_section(prefill))
     if explanation.chosen is None:
         if not as_json:
             print("NoBackend: no backend can serve this request", file=sys.stderr)

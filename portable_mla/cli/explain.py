@@ -24,8 +24,9 @@ DEFAULT_MODEL, DEFAULT_TENSOR_PARALLEL = "deepseek-v3", 8
 
 @dataclass(frozen=True)
 class Question:
-    """A decode request in the words of the command line. arch None is this machine's best device; heads are those of
-    one rank, in place of the model's divided by tensor_parallel; cache_format None is the one of dtype."""
+    """A request in the words of the command line; a decode, or a prefill of the same model. arch None is this machine's
+    best device; heads are those of one rank, in place of the model's divided by tensor_parallel; cache_format None is
+    the one of dtype."""
 
     arch: str | None = None
     model: str = DEFAULT_MODEL
@@ -39,6 +40,7 @@ class Question:
     batch: int = 128
     context: int = 4096
     deterministic: bool = False
+    phase: Phase = Phase.decode
 
     def request(self) -> Request:
         """The request; ValueError or TypeError for a wrong word, UnsupportedDevice for a refused architecture."""
@@ -49,6 +51,8 @@ class Question:
         shape = self.shape()
         check_q_dtype(shape.q_dtype, shape.cache_format)
         check_kv_scale(torch.ones(()) if shape.cache_format.needs_scale else None, shape.cache_format, arch)
+        if self.phase is Phase.prefill:
+            return self._prefill(arch, shape)
         pages = self.batch * math.ceil(self.context / shape.page_size)
         row_bytes = shape.row_width * shape.cache_format.dtype.itemsize
         capacity = Capacity(
@@ -60,6 +64,18 @@ class Question:
             cache_bytes=pages * shape.page_size * row_bytes,
         )
         return Request(arch, shape, Phase.decode, self.query_len, not self.ragged, self.deterministic, capacity)
+
+    def _prefill(self, arch: Arch, shape: MLAShape) -> Request:
+        """The prefill of `batch` prompts of up to `context` tokens."""
+        capacity = Capacity(
+            max_batch=self.batch,
+            max_query_tokens=self.batch * self.context,
+            max_query_len=self.context,
+            max_context=self.context,
+            max_pages=0,
+            cache_bytes=0,
+        )
+        return Request(arch, shape, Phase.prefill, self.context, False, self.deterministic, capacity)
 
     def shape(self) -> MLAShape:
         """One rank's shape."""
@@ -109,6 +125,7 @@ def as_json(explanation: Explanation) -> dict[str, object]:
     """The same as plain values."""
     return {
         "request": str(explanation.request),
+        "phase": explanation.request.phase.value,
         "arch": explanation.request.arch.name,
         "chosen": explanation.chosen,
         "forced": explanation.forced,

@@ -28,7 +28,7 @@ class Needs:
     index_size: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DecodeMetadata:
     """One decode step. A form that was not asked for is None. All buffers keep their addresses from step to step."""
 

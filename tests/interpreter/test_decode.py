@@ -67,6 +67,10 @@ CASES = [
     (Case((2, 1, 0), 12, query_lens=(5, 3, 2), max_query_len=5), TILE, 8),
     (Case((2, 1, 0), 12, query_lens=(5, 3, 2), max_query_len=5), DESCRIPTOR, 8),
     (Case((90, 300, 17, 64), 16, **SMALL, query_lens=(6, 7, 1, 2), max_query_len=7), WIDE, 10),
+    # an absorbed prefill
+    (Case((90, 40), 5, **SMALL, query_lens=(40, 17), max_query_len=40), TILE, 6),
+    (Case((70, 41), 12, **SMALL, max_query_len=33), WIDE, 6),
+    (Case((70, 41), 20, **SMALL, query_lens=(50, 0), max_query_len=65, padding=2), DESCRIPTOR, 6),
     # padding rows, and requests without work
     (Case((30, 50), 12, query_lens=(0, 0)), TILE, 4),
     (Case((30, 50), 12, query_lens=(0, 1), padding=3), TILE, 4),

@@ -1,0 +1,148 @@
+"""Decode beside the vendors' libraries that are installed, on one GPU: microseconds a call, ratios, geometric mean.
+
+    python -m ci.bench_decode [--trace FILE.csv ...] [--only table,trace] [--json FILE]
+
+CUDA graphs over caches larger than L2 in one process, planning excluded; "planned" plans a step before every call. A
+plain kernel stands between calls, so that none overlaps the end of the one before; its own time is taken off. Every
+result is held to the first contender's before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ci.bench_metadata import steps
+from ci.contenders import (
+    DEVICE,
+    Calls,
+    Problem,
+    apart,
+    flash_attn3,
+    flash_mla,
+    flashinfer,
+    graph_us,
+    ours,
+    vllm,
+)
+from portable_mla.cli.trace import SHIPPED_TRACE, read_trace
+
+OURS: dict[str, Callable[[Problem], Calls]] = {
+    "ours": ours,
+    "planned": lambda problem: ours(problem, planned=True),
+    "triton": lambda problem: ours(problem, "triton"),
+}
+PEERS: dict[str, Callable[[Problem], Calls]] = {
+    "flash_mla": flash_mla, "flash_attn3": flash_attn3, "flashinfer": flashinfer, "vllm triton": vllm,
+}  # fmt: skip
+SIZES = ((1, 1024), (1, 8192), (1, 81920), (8, 8192), (32, 4096), (128, 4096), (64, 16384))
+ROWS = [(batch, heads, context, 1) for heads in (128, 64, 16) for batch, context in SIZES]
+ROWS += [(128, 128, 4096, 2), (32, 16, 4096, 2)]
+MOST_DIFFERENT = 6e-3  # relative, of two bfloat16 results over random values
+
+
+def measure(problem: Problem, names: Sequence[str], plain_us: float) -> dict[str, float]:
+    """Microseconds a call of each contender that is installed and serves the problem."""
+    found: dict[str, float] = {}
+    expected = None
+    for name in names:
+        try:
+            calls = (OURS | PEERS)[name](problem)
+            result = calls[0]().reshape(problem.q.shape[0], -1).float()
+        except (ImportError, RuntimeError, AssertionError) as error:
+            print(f"  {name}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+            continue
+        expected = result if expected is None else expected
+        difference = float((result - expected).norm() / expected.norm())
+        if not difference <= MOST_DIFFERENT:
+            raise SystemExit(f"{name} differs from {names[0]} by {difference:.1e}")
+        found[name] = round(graph_us(apart(calls)) - plain_us, 1)
+    return found
+
+
+def with_ratio(row: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
+    """The row with its times, the fastest peer, and ours over that."""
+    peers = {name: us for name, us in found.items() if name in PEERS}
+    row |= found
+    if peers:
+        best = min(peers, key=peers.__getitem__)
+        row |= {"best peer": best, "ratio": round(found["ours"] / peers[best], 3)}
+    print(row, flush=True)
+    torch.cuda.empty_cache()
+    return row
+
+
+def table_rows(names: Sequence[str], plain_us: float) -> list[dict[str, Any]]:
+    """Equal contexts."""
+    rows = []
+    for batch, heads, context, query_len in ROWS:
+        problem = Problem.of([context] * batch, heads, query_len=query_len)
+        row = {"batch": batch, "heads": heads, "context": context, "query_len": query_len}
+        rows.append(with_ratio(row, measure(problem, names, plain_us)))
+    return rows
+
+
+def trace_rows(paths: Sequence[Path], names: Sequence[str], plain_us: float) -> list[dict[str, Any]]:
+    """Mean over decode steps of continuous-batching replays."""
+    rows = []
+    for path in paths:
+        requests = read_trace(path)
+        for concurrency in (32, 128, 256):
+            for heads in (16, 128):
+                sums: dict[str, list[float]] = {}
+                for kv_lens in steps(requests, concurrency, 4):
+                    for name, us in measure(Problem.of(kv_lens, heads), names, plain_us).items():
+                        sums.setdefault(name, []).append(us)
+                row = {"trace": path.stem, "requests": concurrency, "heads": heads}
+                rows.append(with_ratio(row, {name: round(statistics.mean(times), 1) for name, times in sums.items()}))
+    return rows
+
+
+def card() -> dict[str, Any]:
+    """What the card does at best: copied bytes and bfloat16 operations a second."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    copy_us, matmul_us = graph_us([lambda: target.copy_(source)]), graph_us([lambda: square @ square])
+    return {
+        "copy TB/s": round(2 * source.nbytes / copy_us / 1e6, 2),
+        "matmul TFLOP/s": round(2 * 8192**3 / matmul_us / 1e6),
+    }
+
+
+def main() -> None:
+    """Print each row as it is measured, and write all of them where --json says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--trace", type=Path, nargs="*", default=[SHIPPED_TRACE])
+    parser.add_argument("--only", default="table,trace")
+    parser.add_argument("--contenders", nargs="*", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    one = torch.zeros(1, device=DEVICE)
+    plain_us = graph_us([lambda: one.add_(1)], least=50)
+    measured: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    measured |= {"triton": triton.__version__, "plain kernel us": round(plain_us, 2), **card()}
+    print(measured, flush=True)
+    for name in options.only.split(","):
+        if name == "table":
+            measured[name] = table_rows(options.contenders, plain_us)
+        else:
+            measured[name] = trace_rows(options.trace, options.contenders, plain_us)
+        ratios = [row["ratio"] for row in measured[name] if "ratio" in row]
+        if ratios:
+            mean = round(statistics.geometric_mean(ratios), 3)
+            print(f"{name}: geometric mean {mean} over {len(ratios)} rows, {sum(r > 1.03 for r in ratios)} above 1.03")
+            measured[f"{name} geometric mean"] = mean
+    if options.json:
+        options.json.write_text(json.dumps(measured, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""MixedAttention: steps of decodes and prefills, each with a launch and tiles of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from portable_mla.attention import MLAAttention
+from portable_mla.backend import PrefillInputs, prefill_runner
+from portable_mla.chunked_prefill import mla_chunked_prefill
+from portable_mla.context import CachedContext
+from portable_mla.dispatch import Explanation, explain, select
+from portable_mla.errors import PlanMismatch
+from portable_mla.metadata import DecodeBuffers, Limits, MixedSplit, Needs, PagedBatch, Status
+from portable_mla.ops import result_tensors
+from portable_mla.prefill import check_prefill_outputs
+from portable_mla.prefill_arguments import PrefillArguments
+from portable_mla.settings import Settings
+from portable_mla.shape import Capacity, MLAShape, Phase, Request
+
+
+class MixedAttention:
+    """Attention of steps that hold decodes and prefills, for any batch within a capacity.
+
+        mixed = MixedAttention(shape, capacity, device="cuda", decode_threshold=1)
+        mixed.plan(batch, query_lens)                           # once a step; the scheduler's lengths, on the host
+        rows = mixed.split
+        for layer in range(layers):                             # q[rows.decode_rows] absorbed, q[rows.prefill_rows] not
+            out, lse = mixed.decode(q_absorbed, cache[layer], softmax_scale=scale)
+            out, lse = mixed.prefill(q, k_nope, k_pe, v, softmax_scale=scale)
+
+    Requests with at most decode_threshold query tokens are decodes and come first; the step is split once, in `plan`,
+    and nothing is copied: both parts are slices. Each part has exactly the bits that it has in a step of its own.
+    Offsets live at fixed addresses, and a captured prefill's grid follows from its tokens and sequences alone, so that
+    a graph serves any lengths with at most as many of both, the other rows being padding.
+
+    shape states nope_dim and v_dim; capacity covers both parts. absorbed: `prefill_absorbed` serves as well, for
+    prefills whose W_UK and W_UV are not at hand. The other arguments and errors are MLAAttention's.
+    """
+
+    def __init__(
+        self,
+        shape: MLAShape,
+        capacity: Capacity,
+        *,
+        device: torch.device | str,
+        decode_threshold: int = 1,
+        absorbed: bool = False,
+        deterministic: bool = False,
+        backend: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self._settings = settings = Settings.from_env() if settings is None else settings
+        if not 1 <= decode_threshold <= capacity.max_query_len:
+            raise ValueError(
+                f"decode_threshold: expected 1 to {capacity.max_query_len} (max_query_len), got {decode_threshold}"
+            )
+        self._threshold = decode_threshold
+        few = min(capacity.max_query_tokens, capacity.max_batch * decode_threshold)
+        attention = functools.partial(
+            MLAAttention,
+            shape,
+            device=device,
+            uniform_queries=False,
+            deterministic=deterministic,
+            backend=backend,
+            settings=settings,
+        )
+        self.decodes = attention(replace(capacity, max_query_len=decode_threshold, max_query_tokens=few))
+        self._absorbed = attention(capacity) if absorbed else None
+        decode = self.decodes.request
+        self.request = Request(
+            decode.arch, shape, Phase.prefill, capacity.max_query_len, False, decode.deterministic, capacity
+        )
+        self._forced = backend or settings.backend
+        self.explanation: Explanation = explain(self.request, self._forced, settings.disable)
+        self._runner = prefill_runner(select(self.request, self._forced, settings.disable), self.request)
+        self._status = Status.allocate(self.decodes.device)
+        self._offsets = DecodeBuffers(capacity, shape.page_size, Needs(query_indptr=True), self._status)
+        self._context_lens = torch.zeros(capacity.max_batch, dtype=torch.int32, device=self.decodes.device)
+        self._planned: _Planned | None = None
+
+    @property
+    def split(self) -> MixedSplit:
+        """Of the latest plan: requests, tokens and slices of both parts."""
+        return self._latest().split
+
+    def _latest(self) -> _Planned:
+        if self._planned is None:
+            raise PlanMismatch("plan", "nothing", "a call", "Call plan(batch, query_lens) first")
+        return self._planned
+
+    def memory(self) -> dict[str, int]:
+        """Device bytes held from step to step, by part."""
+        offsets = sum(tensor.nbytes for part in self._offsets.tensors().values() for tensor in part)
+        absorbed = {} if self._absorbed is None else self._absorbed.memory()
+        return (
+            self.decodes.memory()
+            | {f"absorbed prefill: {part}": size for part, size in absorbed.items()}
+            | {"prefill offsets": offsets + self._context_lens.nbytes}
+        )
+
+    def check(self) -> None:
+        """`MLAAttention.check` of both parts. A request of the prefills is counted from the first of them."""
+        self.decodes.check()
+        capacity, most = self.request.capacity, self.split.longest_prefill
+        self._status.check(Limits(capacity.max_pages, capacity.max_context, most, capacity.max_query_tokens))
+
+    def plan(self, batch: PagedBatch, query_lens: Sequence[int]) -> None:
+        """Prepare a step whose decodes come first. query_lens: those of the batch, as the scheduler has them.
+
+        Raises ValueError naming the request where a decode comes after a prefill, and what MLAAttention.plan raises.
+        """
+        split = MixedSplit.of(query_lens, self._threshold)
+        decodes, prefills = split.parts(batch)
+        capacity = self.request.capacity
+        for field, planned, got in (
+            ("max_batch", capacity.max_batch, batch.size),
+            ("max_query_tokens", capacity.max_query_tokens, split.decode_tokens + split.prefill_tokens),
+            ("max_query_len", capacity.max_query_len, split.longest_prefill),
+        ):
+            if got > planned:
+                raise PlanMismatch(field, planned, got, "Build a MixedAttention with more capacity")
+        if batch.device.type == "cpu" or self._settings.debug:
+            _check_values(batch, prefills, query_lens, self.request)
+        if self._absorbed is not None:
+            self._absorbed.plan(prefills)
+        self.decodes.plan(decodes)  # a part without requests too: a captured graph may hold its launch
+        with torch.cuda.device_of(batch.kv_lens):
+            ragged = self._offsets.update(prefills, capacity.max_pages).ragged
+        assert ragged is not None and prefills.query_lens is not None
+        torch.sub(prefills.kv_lens, prefills.query_lens, out=self._context_lens[: prefills.size])
+        self._context_lens[prefills.size :].zero_()
+        self._planned = _Planned(split, prefills.block_table, ragged.query_indptr)
+
+    def decode(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        *,
+        softmax_scale: float,
+        kv_scale: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The decodes of one layer: q [decode_tokens, heads, latent + rope] -> out [decode_tokens, heads, latent]."""
+        return self.decodes(q, kv_cache, out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k_nope: Tensor,
+        k_pe: Tensor,
+        v: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        *,
+        softmax_scale: float,
+        context: CachedContext | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The prefills of one layer: the new tokens' q [prefill_tokens, heads, nope + rope], k_nope, k_pe and v ->
+        out [prefill_tokens, heads, v_dim] and lse, as in `mla_prefill`; over a cached context too where one is given:
+        see `context`."""
+        planned = self._latest()
+        offsets = planned.cu_seqlens[: planned.split.prefill_requests + 1]
+        inputs = PrefillInputs(q, k_nope, k_pe, v, offsets, offsets)
+        longest = self.request.capacity.max_query_len
+        if context is not None:
+            return mla_chunked_prefill(
+                q, k_nope, k_pe, v, offsets, offsets, context,
+                max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=softmax_scale, backend=self._forced,
+                deterministic=self.request.deterministic, out=out, lse=lse,
+            )  # fmt: skip
+        PrefillArguments(inputs, longest, longest, softmax_scale)
+        out, lse = result_tensors(q, v.shape[2], out, lse)
+        check_prefill_outputs(inputs, out, lse)
+        if q.shape[0]:
+            with torch.cuda.device_of(q):
+                self._runner.run(inputs, out, lse, softmax_scale=softmax_scale)
+        return out, lse
+
+    def prefill_absorbed(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        *,
+        softmax_scale: float,
+        kv_scale: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The prefills of one layer against the latent cache, which holds their new tokens too: q [prefill_tokens,
+        heads, latent + rope] -> out [prefill_tokens, heads, latent]. About 3.4 times the work of `prefill`."""
+        if self._absorbed is None:
+            raise ValueError("prefill_absorbed: expected a MixedAttention built with absorbed=True, got False")
+        return self._absorbed(q, kv_cache, out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
+
+    def context(
+        self, kv_cache: Tensor, w_uk: Tensor, w_uv: Tensor, *, max_len: int, kv_scale: Tensor | None = None
+    ) -> CachedContext:
+        """What the prefills of the latest plan have in a layer's cache before their new tokens. max_len: at most."""
+        planned = self._latest()
+        lens = self._context_lens[: planned.split.prefill_requests]
+        return CachedContext(kv_cache, planned.block_table, lens, max_len, w_uk, w_uv, kv_scale=kv_scale)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    split: MixedSplit
+    block_table: Tensor  # [prefills, width] int32
+    cu_seqlens: Tensor  # [max_batch + 1] int32: where the new tokens of each prefill begin
+
+
+def _check_values(batch: PagedBatch, prefills: PagedBatch, query_lens: Sequence[int], request: Request) -> None:
+    """Lengths and page ids by value, and that the host's lengths are the device's."""
+    assert batch.query_lens is not None
+    if batch.query_lens.tolist() != list(query_lens):
+        raise ValueError(
+            f"query_lens: expected those of the batch, {batch.query_lens.tolist()}, got {list(query_lens)}"
+        )
+    capacity = request.capacity
+    prefills.check_values(request.shape.page_size, capacity.max_pages, capacity.max_query_tokens)

@@ -1,0 +1,148 @@
+"""mla_prefill and its ops: ragged attention over expanded keys and values, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portable_mla.arguments import check_outputs, check_scale
+from portable_mla.backend import PrefillInputs, prefill_runner
+from portable_mla.dispatch import select
+from portable_mla.ops import result_tensors
+from portable_mla.prefill_arguments import PrefillArguments
+from portable_mla.settings import Settings
+
+_LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
+_INPUTS = "Tensor q, Tensor k_nope, Tensor k_pe, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
+_TAIL = (
+    "int max_seqlen_q, int max_seqlen_k, float softmax_scale, bool causal=True, bool deterministic=False, "
+    "str? backend=None"
+)
+_LIBRARY.define(f"prefill({_INPUTS}, {_TAIL}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"prefill_out({_INPUTS}, Tensor(a!) out, Tensor(b!) lse, {_TAIL}) -> ()")
+
+
+def mla_prefill(  # noqa: PLR0913 (the tensors and options of one attention call)
+    q: Tensor,
+    k_nope: Tensor,
+    k_pe: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool = True,
+    backend: str | None = None,
+    deterministic: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Ragged MLA prefill over expanded keys and values: one launch, lengths read on the device alone.
+
+    Args:
+        q: [tokens, heads, nope + rope] bfloat16, float16 or float32; the tokens of a sequence are adjacent. Rows past
+            the last sequence are padding.
+        k_nope: [keys, heads, nope], k_pe: [keys, rope], v: [keys, heads, v_dim], of q's dtype, any outer strides;
+            k_pe is shared by all heads. Rows past the last sequence are never used.
+        cu_seqlens_q, cu_seqlens_k: [sequences + 1] int32 offsets, from 0. Sequences may be empty.
+        max_seqlen_q, max_seqlen_k: upper bounds of a sequence's query tokens and keys.
+        softmax_scale: (nope + rope)**-0.5 times YaRN's mscale**2 where the model has one.
+        causal: query token i of n sees keys <= kv_len - n + i of its sequence; else all of them.
+        backend: serve with this backend or raise NoBackend; never falls back.
+        deterministic: a row's bits do not depend on the rest of the batch.
+        out, lse: results to write into. A float32 out keeps the digits that a later `merge_state` needs.
+
+    Returns:
+        out [tokens, heads, v_dim] in q's dtype and lse [tokens, heads] float32, natural logarithm. Rows with nothing
+        to see, and rows past the last query token, are 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got. Offsets
+            are checked by value in host memory and under PORTABLE_MLA_DEBUG=1; elsewhere wrong ones leave wrong rows,
+            but no memory outside the tensors is touched.
+        NoBackend: no backend can serve; the message lists every reason of every backend.
+
+    Source: DeepSeek-V2 (2024), section 2.1, in the expanded form.
+    """
+    inputs = (q, k_nope, k_pe, v, cu_seqlens_q, cu_seqlens_k)
+    tail = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic, backend)
+    for name, tensor in zip(("q", "k_nope", "k_pe", "v", "cu_seqlens_q", "cu_seqlens_k"), inputs, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_scale("softmax_scale", softmax_scale)
+    if out is None and lse is None:
+        result: tuple[Tensor, Tensor] = torch.ops.portable_mla.prefill.default(*inputs, *tail)
+        return result
+    out, lse = result_tensors(q, v.shape[2], out, lse)
+    torch.ops.portable_mla.prefill_out.default(*inputs, out, lse, *tail)
+    return out, lse
+
+
+def serve_prefill(
+    arguments: PrefillArguments, out: Tensor, lse: Tensor, *, deterministic: bool, backend: str | None
+) -> None:
+    """Dispatch and run one call, without a look at the tensors."""
+    inputs, settings = arguments.inputs, Settings.from_env()
+    q = inputs.q
+    request = arguments.request(
+        deterministic=deterministic or settings.deterministic, float32_out=out.dtype != q.dtype
+    )  # fmt: skip
+    chosen = select(request, backend or settings.backend, settings.disable)
+    if q.device.type == "cpu" or settings.debug:
+        arguments.check_values()
+    if q.shape[0]:
+        with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
+            prefill_runner(chosen, request).run(inputs, out, lse, softmax_scale=arguments.softmax_scale)
+
+
+def check_prefill_outputs(inputs: PrefillInputs, out: Tensor, lse: Tensor) -> None:
+    """out is in q's dtype or float32; both have the results' shapes and share no memory with an input."""
+    tensors = {"q": inputs.q, "k_nope": inputs.k_nope, "k_pe": inputs.k_pe, "v": inputs.v}
+    dtype = torch.float32 if isinstance(out, Tensor) and out.dtype == torch.float32 else inputs.q.dtype
+    check_outputs(out, lse, inputs.v.shape[2], tensors, dtype)
+
+
+def _prefill_out(  # noqa: PLR0913 (the op's schema)
+    q: Tensor,
+    k_nope: Tensor,
+    k_pe: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool = True,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> None:
+    inputs = PrefillInputs(q, k_nope, k_pe, v, cu_seqlens_q, cu_seqlens_k, causal)
+    arguments = PrefillArguments(inputs, max_seqlen_q, max_seqlen_k, softmax_scale)
+    check_prefill_outputs(inputs, out, lse)
+    serve_prefill(arguments, out, lse, deterministic=deterministic, backend=backend)
+
+
+def _prefill(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The six tensors and the tail, as the schema orders them."""
+    results = _results(*arguments)
+    schema_order: tuple[Any, ...] = (*arguments[:6], *results, *arguments[6:])
+    _prefill_out(*schema_order)
+    return results
+
+
+def _results(q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return result_tensors(q, v.shape[2])
+
+
+for _name, _implementation, _fake in (
+    ("prefill", _prefill, _results),
+    ("prefill_out", _prefill_out, lambda *_, **__: None),
+):
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"portable_mla::{_name}", _fake, lib=_LIBRARY)

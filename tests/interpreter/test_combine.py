@@ -1,0 +1,89 @@
+"""Each combine, over float32 and float16 partial results, against the merge in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from portable_mla.backends.triton.combine import Combine, Partials
+from portable_mla.backends.triton.tile import combine_tiles
+from portable_mla.metadata.split_plan import PlanShape
+from tests.cases import Case, build
+from tests.interpreter.running import SMALL, request_of
+
+PIECES = (0, 3, -1, 45, 1, -2, 4, 5)  # of each token; -1 was final before, -2 is faulty
+HEADS, LATENT = 5, 128
+KINDS = tuple(combine_tiles(LATENT, 32))
+
+
+def random_partials(dtype: torch.dtype) -> tuple[Partials, tuple[Tensor, Tensor], Tensor]:
+    """Sizes, partial results with their statistics, and which slots each token has."""
+    rng = torch.Generator().manual_seed(1)
+    counts = [max(count, 2 if count == -2 else 0) for count in PIECES]
+    slots, first = [], 0
+    for count, taken in zip(PIECES, counts, strict=True):
+        slots.append([first, first + taken if count >= 0 else count, 0, 0])
+        first += taken
+    sizes = Partials(first, HEADS, LATENT, dtype)
+    out, stats = sizes.allocate(torch.device("cpu"))
+    value = torch.randn(out.shape, generator=rng) * 1e-30
+    stats[..., 0] = torch.randn(out.shape[:2], generator=rng) * 8
+    stats[..., 1] = torch.rand(out.shape[:2], generator=rng) * 30 + 1
+    if dtype == torch.float16:
+        stats[..., 2] = value.abs().amax(-1)
+        value = value / stats[..., 2:]
+    out.copy_(value)
+    return sizes, (out, stats), torch.tensor(slots, dtype=torch.int32)
+
+
+def merged(partials: tuple[Tensor, Tensor], low: int, high: int) -> tuple[Tensor, Tensor]:
+    """By definition: [heads, latent] and the natural logarithm of what the rows sum to."""
+    out, stats = (tensor[low:high].double() for tensor in partials)
+    weight = stats[..., 1] * torch.exp2(stats[..., 0])
+    values = out * stats[..., 2:] if stats.shape[-1] == 3 else out
+    total = weight.sum(0)
+    return (weight[..., None] * values).sum(0) / total[:, None], total.log()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["wide", "narrow"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_merged_as_defined(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, partials, slots = random_partials(dtype)
+    problem = build(Case((1,) * len(PIECES), HEADS, **SMALL))
+    request = replace(request_of(problem, "sm90", units=4))
+    combine = Combine(request, parts=8, narrow=dtype == torch.float16)
+    monkeypatch.setattr(combine, "_kind", lambda tokens: kind)
+    out = torch.full((len(PIECES), HEADS, LATENT), 7.0)
+    lse = torch.full((len(PIECES), HEADS), 7.0)
+    combine("key", slots, partials, out, lse, sizes.rows, (*out.stride()[:2], *lse.stride()))
+    for token, count in enumerate(PIECES):
+        low, high = slots[token, :2].tolist()
+        if count == -2:
+            assert bool(out[token].isnan().all() and lse[token].isnan().all())
+        elif count == -1:
+            assert bool((out[token] == 7).all() and (lse[token] == 7).all()), "a final row was written"
+        elif count == 0:
+            assert bool((out[token] == 0).all() and (lse[token] == -torch.inf).all())
+        else:
+            golden, golden_lse = merged(partials, low, high)
+            assert torch.allclose(out[token].double(), golden, rtol=1e-5, atol=1e-36)
+            assert torch.allclose(lse[token].double(), golden_lse, rtol=1e-6, atol=1e-6)
+
+
+def test_which_combine_serves_follows_pieces_and_rows() -> None:
+    request = request_of(build(Case((1,), 16, **SMALL)), "sm90", units=132)
+    combine = Combine(request, parts=132)
+    kinds = {tokens: combine._kind(tokens) for tokens in (1, 13, 14, 1024, 1025)}
+    assert kinds == {1: "spread", 13: "spread", 14: "rows", 1024: "rows", 1025: "grouped"}
+    assert Combine(replace(request, deterministic=True), parts=132)._kind(10_000) == "spread"
+
+
+def test_partial_results_count_their_statistics() -> None:
+    request = request_of(build(Case((1,), 16, **SMALL)), "sm90", units=132)
+    shape = PlanShape(132, 1, 1, 1, 4096, block_q=1, block_n=64, min_tiles=2)
+    for dtype, row in ((torch.float32, 128 * 4 + 2 * 4), (torch.float16, 128 * 2 + 3 * 4)):
+        sizes = Partials.of(request, shape, dtype)
+        assert sizes.nbytes == sizes.slots * 16 * row == sum(t.nbytes for t in sizes.allocate(torch.device("cpu")))
