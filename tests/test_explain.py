@@ -72,9 +72,10 @@ def test_a_refusal_in_json_mode_is_a_json_object() -> None:
 
 def test_a_prefill_whose_widths_nobody_published_is_refused_with_that_reason() -> None:
     values = invoke_json("explain", "--arch", "sm90", "--model", "kimi-k3")
-    assert values["chosen"] == "triton"
+    assert values["chosen"] == "gluon"
     assert values["prefill"]["chosen"] is None
-    assert "needs nope+rope/v of 128+64/128, " in values["prefill"]["candidates"][0]["reasons"][0]
+    reasons = {candidate["backend"]: candidate["reasons"] for candidate in values["prefill"]["candidates"]}
+    assert "needs nope+rope/v of 128+64/128, " in reasons["triton"][0]
 
 
 def test_a_backend_that_cannot_serve_exits_1_with_its_reason() -> None:

@@ -211,9 +211,9 @@ def test_disabled_backends_are_no_candidates(here: Machine, monkeypatch: pytest.
     explanation = explain(request("sm90"), disabled=settings.disable)
     assert explanation.chosen == "gluon"
     assert "triton: disabled by PORTABLE_MLA_DISABLE" in str(explanation)
-    assert (
-        invoke("explain", "--arch", "sm90").stdout.count("refused: disabled by PORTABLE_MLA_DISABLE") == 4
-    )  # in both phases
+    assert invoke("explain", "--arch", "sm90").stdout.count("refused: disabled by PORTABLE_MLA_DISABLE") == 4, (
+        "two backends, for decode and for prefill"
+    )
 
 
 def test_a_disabled_backend_does_not_serve_by_name_either() -> None:

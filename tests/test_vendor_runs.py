@@ -12,7 +12,7 @@ import torch
 
 from portable_mla import BackendError, NoBackend, arch_named, select
 from portable_mla.arguments import DecodeArguments
-from portable_mla.backend import Runner, decode_runner
+from portable_mla.backend import decode_runner
 from portable_mla.metadata import DecodeBuffers, Limits, Status
 from tests import acceptance
 from tests import fake_libraries as fakes
@@ -75,7 +75,7 @@ class Bound:
         )
         self.request = replace(arguments.request(deterministic=False), arch=arch_named(arch))
         chosen = select(self.request, backend)
-        self.runner: Runner = decode_runner(chosen, self.request)
+        self.runner = decode_runner(chosen, self.request)
         self.status = Status.allocate(problem.q.device)
         shape, capacity = self.request.shape, self.request.capacity
         self.buffers = DecodeBuffers(capacity, shape.page_size, chosen.needs(self.request), self.status)

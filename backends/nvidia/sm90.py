@@ -86,7 +86,7 @@ class Sm90Backend:
             (request.arch.name == self._arch_name, f"needs {self._arch_name}, got {request.arch.name}"),
             (geometry in GEOMETRIES, f"needs latent+rope of {known}, got {geometry[0]}+{geometry[1]}; triton has more"),
             (q_dtype is not None, f"needs a bf16 or fp16 cache, got {shape.cache_format.name}"),
-            (shape.q_dtype is q_dtype, f"needs queries of the cache's dtype, got {shape.q_dtype}"),
+            (q_dtype in (None, shape.q_dtype), f"needs queries of the cache's dtype, got {shape.q_dtype}"),
             (shape.heads <= MAX_HEADS, f"needs at most {MAX_HEADS} heads, got {shape.heads}"),
             (
                 request.max_query_len <= MAX_QUERY_LEN,

@@ -1,0 +1,221 @@
+"""The two warpgroups of the sm90 decode kernel: scores, softmax, and each one's half of the output columns."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from portable_mla.backends.nvidia.sm90_room_kernels import (
+    BLOCK,
+    HALF,
+    read_item,
+)
+from portable_mla.backends.nvidia.sm90_score_kernels import (
+    ACC,
+    SCORES,
+    SCORES_ROW,
+    WEIGHTS_OPERAND,
+    mask,
+    rescale,
+    score_half,
+    score_rope,
+    wait_query,
+    zero_tails,
+)
+from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, read_slot, store_item, tell_peak
+from portable_mla.backends.nvidia.sm90_sync_kernels import (
+    FREE_LEFT_0,
+    FREE_LEFT_1,
+    FREE_QUERY,
+    FREE_RIGHT_0,
+    FREE_RIGHT_1,
+    PAIR_THREADS,
+    QUERY_THREADS,
+    RELEASE_THREADS,
+    WEIGHTS_0,
+    WEIGHTS_1,
+    arrive,
+    meet,
+    multiply,
+    opaque,
+)
+from portable_mla.backends.triton.decode_kernels import START_MAX
+
+
+@gluon.jit
+def _fold_left(room, scores, acc, row_max, row_sum, scale):
+    """Softmax of the even block, both blocks' share of columns 0..255; the odd block's product is left in flight."""
+    zero = opaque(0)
+    scores = multiply(scores, scale)
+    even_max = gl.maximum(row_max, gl.max(scores, 1))
+    weights = gl.exp2(scores - even_max[:, None])
+    rounded = weights.to(room.weights0.dtype)
+    room.max0.store(even_max)
+    room.weights0.index(zero).store(rounded)
+    fence_async_shared()
+    arrive(WEIGHTS_0, PAIR_THREADS)
+    factor = gl.exp2(row_max - even_max)
+    acc = rescale(acc, factor)
+    operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
+    acc = warpgroup_mma(operand, room.even.left.index(zero), acc, is_async=True)
+    row_sum = row_sum * factor + gl.sum(weights, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_LEFT_0, RELEASE_THREADS)
+
+    meet(WEIGHTS_1, PAIR_THREADS)
+    row_max = room.max1.load(SCORES_ROW)
+    factor = gl.exp2(even_max - row_max)
+    row_sum = row_sum * factor
+    acc = rescale(acc, factor)
+    acc = warpgroup_mma(room.weights1.index(zero), room.odd.left.index(zero), acc, is_async=True)
+    return acc, row_max, row_sum
+
+
+@gluon.jit
+def left_warpgroup(
+    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
+):  # fmt: skip
+    """Scores of the even blocks, output columns 0..255.
+
+    The next pair's scores are waited for before the loop goes round: an accumulator in flight across the back edge
+    makes ptxas wait after every wgmma.
+    """
+    phase = 0
+    query_phase = 0
+    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
+        item = read_item(work, index, HEADS)
+        row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
+        acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
+        if item.pairs > 0:
+            q_rope = wait_query(room, query_phase, ROPE)
+            query = room.query.index(opaque(0))
+            scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+            even = room.even.left.index(opaque(0))
+            scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
+            even = room.even.right.index(opaque(0))
+            scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
+            scores = score_rope(q_rope, room.even, phase, scores, ROPE)
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            position = (item.first_block + 2 * item.pairs - 2) * BLOCK
+            if position + 2 * BLOCK > item.all_see:
+                scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+            if position + 2 * BLOCK > item.kv_end:
+                zero_tails(
+                    room.even.left, room.odd.left, room.even.left_full, room.odd.left_full, phase,
+                    item.kv_end - position,
+                )  # fmt: skip
+            for _ in range(item.pairs - 1):
+                acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
+                phase ^= 1
+                position -= 2 * BLOCK
+                query = room.query.index(opaque(0))
+                scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+                even = room.even.left.index(opaque(0))
+                scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
+                acc = warpgroup_mma_wait(4, deps=(acc,))
+                arrive(FREE_LEFT_1, RELEASE_THREADS)
+                even = room.even.right.index(opaque(0))
+                scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
+                scores = score_rope(q_rope, room.even, phase, scores, ROPE)
+                scores = warpgroup_mma_wait(0, deps=(scores,))
+                if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
+                    scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+            arrive(FREE_QUERY, QUERY_THREADS)
+            acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
+            phase ^= 1
+            query_phase ^= 1
+            slot = read_slot(work, index)
+            room.sum0.store(row_sum)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            arrive(FREE_LEFT_1, RELEASE_THREADS)
+            peak = tell_peak(acc, slot, room.peak0, results)
+            arrive(WEIGHTS_0, PAIR_THREADS)
+            meet(WEIGHTS_1, PAIR_THREADS)
+            row_sum += room.sum1.load(SCORES_ROW)
+            peak = hear_peak(peak, slot, room.peak1, results)
+            store_item(acc, row_max, row_sum, peak, slot, work, index, results, 0, HEADS)
+
+
+@gluon.jit
+def _fold_right(
+    room, q_rope, item, first_row, position, last, acc, row_max, row_sum, scale, phase, HEADS: gl.constexpr,
+    ROPE: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of the odd block, both blocks' share of columns 256..511.
+
+    The even block's weights come as they are, relative to that block's own maximum, so that their product runs behind
+    the odd block's scores instead of after their softmax, and the even block is let go of that much earlier.
+    """
+    zero = opaque(0)
+    query = room.query.index(zero)
+    scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+    odd = room.odd
+    scores = score_half(query.slice(HALF, HALF, 1), odd.right.index(zero), odd.right_full, phase, scores, True)
+    scores = score_rope(q_rope, odd, phase, scores, ROPE)
+    scores = score_half(query.slice(0, HALF, 1), odd.left.index(zero), odd.left_full, phase, scores, False)
+
+    meet(WEIGHTS_0, PAIR_THREADS)
+    even_max = room.max0.load(SCORES_ROW)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    if last:
+        arrive(FREE_QUERY, QUERY_THREADS)
+    if position + 2 * BLOCK > item.all_see:
+        scores = mask(scores, position + BLOCK, item, first_row, HEADS, BLOCK_Q)
+    acc = rescale(acc, gl.exp2(row_max - even_max))
+    acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
+    scores = multiply(scores, scale)
+    odd_max = gl.maximum(even_max, gl.max(scores, 1))
+    weights = gl.exp2(scores - odd_max[:, None])
+    rounded = weights.to(room.weights0.dtype)
+    room.max1.store(odd_max)
+    room.weights1.index(zero).store(rounded)
+    fence_async_shared()
+    arrive(WEIGHTS_1, PAIR_THREADS)
+    row_sum = row_sum * gl.exp2(row_max - odd_max) + gl.sum(weights, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_RIGHT_0, RELEASE_THREADS)
+    acc = rescale(acc, gl.exp2(even_max - odd_max))
+    operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
+    acc = warpgroup_mma(operand, room.odd.right.index(zero), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_RIGHT_1, RELEASE_THREADS)
+    return acc, odd_max, row_sum
+
+
+@gluon.jit
+def right_warpgroup(
+    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
+):  # fmt: skip
+    """Scores of the odd blocks, output columns 256..511."""
+    phase = 0
+    query_phase = 0
+    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
+        item = read_item(work, index, HEADS)
+        row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
+        acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
+        if item.pairs > 0:
+            q_rope = wait_query(room, query_phase, ROPE)
+            position = (item.first_block + 2 * item.pairs - 2) * BLOCK
+            if position + 2 * BLOCK > item.kv_end:
+                zero_tails(
+                    room.even.right, room.odd.right, room.even.right_full, room.odd.right_full, phase,
+                    item.kv_end - position,
+                )  # fmt: skip
+            for step in range(item.pairs):
+                last = step == item.pairs - 1
+                acc, row_max, row_sum = _fold_right(
+                    room, q_rope, item, work.first_row, position, last, acc, row_max, row_sum, scale, phase,
+                    HEADS, ROPE, BLOCK_Q,
+                )  # fmt: skip
+                phase ^= 1
+                position -= 2 * BLOCK
+            query_phase ^= 1
+            slot = read_slot(work, index)
+            room.sum1.store(row_sum)
+            peak = tell_peak(acc, slot, room.peak1, results)
+            meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
+            arrive(WEIGHTS_1, PAIR_THREADS)
+            row_sum += room.sum0.load(SCORES_ROW)
+            peak = hear_peak(peak, slot, room.peak0, results)
+            store_item(acc, row_max, row_sum, peak, slot, work, index, results, HALF, HEADS)
