@@ -15,7 +15,8 @@ _LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
 _LIBRARY.define("merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)")
 _LIBRARY.define("merge_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_CELLS = 4096  # values of one program
+_CELLS = 2048  # values of one program; twice as many, with 64-bit row numbers, spilled up to 2.5 KB on sm100
+_MOST_ROWS = 2**31 - 1  # token x head
 
 State = tuple[Tensor, Tensor]  # out and lse of attention over some keys
 
@@ -111,6 +112,8 @@ def _check_parts(outs: Tensor, lses: Tensor, names: tuple[str, str], rank: int) 
         raise TypeError(f"{lse_name}: expected torch.float32, got {lses.dtype}")
     if lses.shape != outs.shape[:-1]:
         raise ValueError(f"{lse_name}: expected shape {tuple(outs.shape[:-1])}, got {tuple(lses.shape)}")
+    if outs.shape[-3] * outs.shape[-2] > _MOST_ROWS:
+        raise ValueError(f"{out_name}: expected at most {_MOST_ROWS} rows, got {outs.shape[-3] * outs.shape[-2]}")
     check_dense(out_name, outs)
     check_device(lse_name, lses, outs, out_name)
 

@@ -37,9 +37,9 @@ def merge_kernel(
 ):
     """One program merges ROWS rows (token x head). A part without keys, whose lse is -inf, changes no bit, whatever
     its values; the sums are of float32."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < tokens.to(tl.int64) * heads
-    token, head = row // heads, row % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < tokens * heads
+    token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     column = tl.arange(0, PADDED)[None, :]
     mask = valid[:, None] & (column < WIDTH)
     lse = tl.load(first_lse_ptr + token * stride_first_lse_token + head * stride_first_lse_head, mask=valid, other=0.0)

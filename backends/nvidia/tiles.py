@@ -135,16 +135,15 @@ _PREFILL_SM80 = (
     PrefillRule(when_prefill(qk_above=192), PrefillTile(64, 64, 8, 2)),
     *_PREFILL_SM89[1:],
 )
-# Warpgroups of 64 rows each: 128 rows let two take turns at the tensor cores.
+# Warpgroups of 64 rows each, two in turns at the tensor cores: half as many rows took 1.2 to 1.6 times as long. H100,
+# causal TFLOP/s at 1 x 4096 x 128 heads and 4 x 2048 x 128, where cuDNN has 595 and 553, 659 and 615, 601 and 553; the
+# kernel then fused scale and difference, which it no longer does (predicted: 2 to 5 % slower).
 _PREFILL_SM90 = (
-    # 255 regs, 24 B outside the loop, 193 KB, 40 HGMMA
+    # 479 and 413; 128x32 383 and 366, 64x64 with 4 warps 329 and 289, loads by pointer 388 and 357
     PrefillRule(when_prefill(qk_above=192), PrefillTile(128, 64, 8, 2, "descriptor")),
-    # 255 regs, 40 B outside the loop, 209 KB, 40 HGMMA
-    PrefillRule(when_prefill(qk_above=128), PrefillTile(128, 128, 8, 2, "descriptor")),
-    # 254 regs, 161 KB, 32 HGMMA
-    PrefillRule(when_prefill(qk_above=96), PrefillTile(128, 128, 8, 2, "descriptor")),
-    # 242 regs, 145 KB, 28 HGMMA
-    PrefillRule(when_prefill(), PrefillTile(128, 128, 8, 3, "descriptor")),
+    # 128+64/128: 427 and 356; 128x128 was predicted to win by fewer rescales: 412 and 351, by pointer 402 and 326; a
+    # fourth stage 421 and 355, 4 warps 257 and 213. 64+64/128: 405 and 346, 128x128 386 and 331
+    PrefillRule(when_prefill(), PrefillTile(128, 64, 8, 3, "descriptor")),
 )
 _PREFILL_SM100 = (
     # 226 regs, 161 KB, 152 UTCHMMA; 128x64 spills in the loop

@@ -57,8 +57,11 @@ def _walk(
     NOPE: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key tiles [tile_lo, tile_hi). Only masked tiles may hold a key that some row must not
-    see: they load by pointer, so that rows past the sequence arrive as zeros, never as somebody's NaN."""
+    """Online softmax over the key tiles [tile_lo, tile_hi); row_max is of scores without their scale.
+
+    Only masked tiles may hold a key that some row must not see: they load by pointer, so that rows past the sequence
+    arrive as zeros, never as somebody's NaN.
+    """
     for tile in tl.range(tile_lo, tile_hi, num_stages=NUM_STAGES):
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         row, valid = first_key + position, position < kv_len
@@ -81,10 +84,11 @@ def _walk(
             scores = tl.dot(q_rope, tl.trans(k_pe), scores)
         if MASKED:
             scores = tl.where(position[None, :] < row_limit[:, None], scores, float("-inf"))
-        # the scale is positive: taking it into the exponent's multiply-add spares one multiplication a score
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
-        rescale = tl.exp2(row_max - new_max)
-        weights = tl.exp2(scores * scale - new_max[:, None])
+        # The difference comes before the scale, which is positive. A fused scores * scale - maximum would spare a
+        # multiplication a score, but differs from 0 where both are equal and large: weights of 1 then round
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        rescale = tl.exp2((row_max - new_max) * scale)
+        weights = tl.exp2((scores - new_max[:, None]) * scale)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
         if DESCRIPTORS and not MASKED:
@@ -191,5 +195,5 @@ def prefill_kernel(
         tl.store(
             (out_ptr + out_row)[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty), mask=row_valid[:, None]
         )
-        lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+        lse = tl.where(empty, float("-inf"), (row_max * softmax_scale * LOG2_E + tl.log2(row_sum)) * LN_2)
         tl.store(lse_ptr + token * stride_lse_token + wide_head * stride_lse_head, lse, mask=row_valid)

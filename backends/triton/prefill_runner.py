@@ -93,8 +93,10 @@ class TritonPrefill:
 
 
 def _described_by_hardware(tensor: Tensor) -> bool:
-    """Whether address and outer strides are multiples of 16 bytes, and no row is read for another."""
+    """Whether address and outer strides are multiples of 16 bytes and no two rows are one; or there is no column."""
     strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    if not tensor.shape[-1]:
+        return True
     return tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
 
 
