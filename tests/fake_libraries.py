@@ -118,6 +118,7 @@ def flash_attn3(
     """out [tokens, h, 512], unwritten past the last request; LSE [h, tokens], -inf for rows that see nothing."""
     assert torch.equal(schedule, torch.cat([lens, cu_seqlens_q])), "the schedule is stale"
     assert table.shape[0] == lens.shape[0] == cu_seqlens_q.shape[0] - 1
+    assert cu_seqlens_q[-1] <= q.shape[0], "rows past the end of q"
     result = torch.full((*q.shape[:2], v.shape[-1]), GARBAGE, dtype=q.dtype) if out is None else out
     lse = torch.full((q.shape[1], q.shape[0]), GARBAGE)
     for request in range(len(lens)):
@@ -170,6 +171,7 @@ class PlannedWrapper:
         """Write out and LSE; rows of requests without keys, and past the last request, stay as they were."""
         queries, cache = torch.cat(list(q), -1), torch.cat(list(kv), -1)
         assert cache.shape[1] == self.arguments["page_size"]
+        assert self.host["qo_indptr"][-1] <= queries.shape[0], "rows past the end of q"
         for request, kv_len in enumerate(self.host["kv_len_arr"]):
             tokens = slice(*self.host["qo_indptr"][request : request + 2])
             if kv_len:

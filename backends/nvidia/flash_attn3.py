@@ -26,6 +26,7 @@ GEOMETRY = (512, 64)
 BLOCK_N = 64  # keys of a block, at these widths
 SPLIT_BYTES = 256 << 20  # most of the partial results that the library allocates in a call, in float32
 MOST_SPLITS = 128
+SCHEDULE_VECTORS = 4  # of one number a request, at most, and a counter: a schedule
 TILE_ROWS = 64  # heads times query tokens of a tile
 PLAN = "get_scheduler_metadata"
 _PLANNED = (
@@ -112,8 +113,9 @@ def most_splits(request: Request) -> int:
 def page_ratio(request: Request) -> int:
     """How many pages the library is shown for one of ours.
 
-    Of pages that are whole blocks, and rows that fill more than one tile, it copies whole blocks, and an unowned slot
-    of the last page that holds NaN reaches the result; of half blocks it copies the slots that are in use.
+    By its source, where pages are whole blocks and rows fill more than one tile it copies whole blocks, so that an
+    unowned slot of the last page that holds NaN is multiplied by a weight of 0; of half blocks it copies, and zeroes
+    the rest of, the slots in use. Neither was timed.
     """
     rows, page_size = request.shape.heads * request.max_query_len, request.shape.page_size
     return page_size // (BLOCK_N // 2) if rows > TILE_ROWS and page_size % BLOCK_N == 0 else 1
@@ -226,10 +228,9 @@ class FlashAttn3Runner:
         }  # fmt: skip
         made: Tensor = call(self._name, self._loaded.functions[PLAN], **arguments)
         if self._schedule is None or self._schedule.numel() < made.numel():
-            self._schedule = made
-        self._current = self._schedule[: made.numel()]
-        if self._current.data_ptr() != made.data_ptr():
-            self._current.copy_(made)
+            most = SCHEDULE_VECTORS * -(-self._capacity.max_batch // 4) * 4 + 1
+            self._schedule = made.new_empty(max(most, made.numel()))
+        self._current = self._schedule[: made.numel()].copy_(made)
 
 
 def _capturing(q: Tensor) -> bool:
