@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.backend import PrefillInputs
+from portable_mla.backend import PrefillInputs, PrefillRunner
 from portable_mla.context import FIXED_WINDOW, CachedContext, Window
 from portable_mla.merge import State, merge_into
 from portable_mla.ops import result_tensors
-from portable_mla.prefill import check_prefill_outputs, serve_prefill
+from portable_mla.prefill import check_prefill_outputs, run_prefill, runner_for, serve_prefill
 from portable_mla.prefill_arguments import PrefillArguments
 from portable_mla.settings import Settings
 
@@ -69,23 +69,27 @@ def mla_chunked_prefill(  # noqa: PLR0913 (the tensors and options of one attent
         most = max(context.most_tokens, FIXED_WINDOW if deterministic else 0)
         default = min(settings.prefill_workspace, -(-most // _ROWS) * _ROWS * token_bytes(inputs, context))
         room = _Room.carve(inputs, context, workspace, default)
-        _attend(new, context, room, (out, lse), deterministic=deterministic, backend=backend)
+        _attend(new, context, room, (out, lse), settings, deterministic=deterministic, backend=backend)
     else:
         serve_prefill(new, out, lse, deterministic=deterministic, backend=backend)
     return out, lse
 
 
 def _attend(
-    new: PrefillArguments, context: CachedContext, room: _Room, result: State, *, deterministic: bool,
-    backend: str | None,
+    new: PrefillArguments, context: CachedContext, room: _Room, result: State, settings: Settings, *,
+    deterministic: bool, backend: str | None,
 ) -> None:  # fmt: skip
     """To the new tokens, then to the context window by window."""
     so_far, part = ((torch.empty_like(result[0], dtype=torch.float32), torch.empty_like(result[1])) for _ in range(2))
     serve_prefill(new, *so_far, deterministic=deterministic, backend=backend)
+    runner: PrefillRunner | None = None
     for window in context.windows(room.rows, fixed=deterministic):
         some = room.expand(context, window, new.inputs)
-        arguments = PrefillArguments(some, new.max_seqlen_q, window.longest, new.softmax_scale)
-        serve_prefill(arguments, *part, deterministic=deterministic, backend=backend)
+        if runner is None:  # the first window is the longest
+            arguments = PrefillArguments(some, new.max_seqlen_q, window.longest, new.softmax_scale)
+            wide = part[0].dtype != new.inputs.q.dtype
+            runner = runner_for(arguments, settings, float32_out=wide, deterministic=deterministic, backend=backend)
+        run_prefill(runner, some, *part, softmax_scale=new.softmax_scale)
         merge_into(so_far, (part[0][None], part[1][None]), *so_far)
     for final, running in zip(result, so_far, strict=True):
         final.copy_(running)

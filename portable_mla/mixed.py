@@ -17,7 +17,7 @@ from portable_mla.dispatch import Explanation, explain, select
 from portable_mla.errors import PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, MixedSplit, Needs, PagedBatch, Status
 from portable_mla.ops import result_tensors
-from portable_mla.prefill import check_prefill_outputs
+from portable_mla.prefill import check_prefill_outputs, run_prefill
 from portable_mla.prefill_arguments import PrefillArguments
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
@@ -178,9 +178,7 @@ class MixedAttention:
         PrefillArguments(inputs, longest, longest, softmax_scale)
         out, lse = result_tensors(q, v.shape[2], out, lse)
         check_prefill_outputs(inputs, out, lse)
-        if q.shape[0]:
-            with torch.cuda.device_of(q):
-                self._runner.run(inputs, out, lse, softmax_scale=softmax_scale)
+        run_prefill(self._runner, inputs, out, lse, softmax_scale=softmax_scale)
         return out, lse
 
     def prefill_absorbed(

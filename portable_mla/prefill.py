@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.arguments import check_outputs, check_scale
-from portable_mla.backend import PrefillInputs, prefill_runner
+from portable_mla.backend import PrefillInputs, PrefillRunner, prefill_runner
 from portable_mla.dispatch import select
 from portable_mla.ops import result_tensors
 from portable_mla.prefill_arguments import PrefillArguments
@@ -85,18 +85,30 @@ def mla_prefill(  # noqa: PLR0913 (the tensors and options of one attention call
 def serve_prefill(
     arguments: PrefillArguments, out: Tensor, lse: Tensor, *, deterministic: bool, backend: str | None
 ) -> None:
-    """Dispatch and run one call, without a look at the tensors."""
+    """Dispatch and run one call."""
     inputs, settings = arguments.inputs, Settings.from_env()
-    q = inputs.q
-    request = arguments.request(
-        deterministic=deterministic or settings.deterministic, float32_out=out.dtype != q.dtype
-    )  # fmt: skip
-    chosen = select(request, backend or settings.backend, settings.disable)
-    if q.device.type == "cpu" or settings.debug:
+    float32_out = out.dtype != inputs.q.dtype
+    runner = runner_for(arguments, settings, float32_out=float32_out, deterministic=deterministic, backend=backend)
+    if inputs.q.device.type == "cpu" or settings.debug:
         arguments.check_values()
-    if q.shape[0]:
-        with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
-            prefill_runner(chosen, request).run(inputs, out, lse, softmax_scale=arguments.softmax_scale)
+    run_prefill(runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
+
+
+def runner_for(
+    arguments: PrefillArguments, settings: Settings, *, float32_out: bool, deterministic: bool, backend: str | None
+) -> PrefillRunner:
+    """The chosen backend, bound to calls that fit in this one."""
+    request = arguments.request(deterministic=deterministic or settings.deterministic, float32_out=float32_out)
+    return prefill_runner(select(request, backend or settings.backend, settings.disable), request)
+
+
+def run_prefill(
+    runner: PrefillRunner, inputs: PrefillInputs, out: Tensor, lse: Tensor, *, softmax_scale: float
+) -> None:
+    """One launch, on the tensors' device, which need not be the current one; none where there is no query token."""
+    if inputs.q.shape[0]:
+        with torch.cuda.device_of(inputs.q):
+            runner.run(inputs, out, lse, softmax_scale=softmax_scale)
 
 
 def check_prefill_outputs(inputs: PrefillInputs, out: Tensor, lse: Tensor) -> None:

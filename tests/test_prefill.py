@@ -67,6 +67,7 @@ def accepted(target: Target, case: PrefillCase) -> PrefillProblem:
 @example(case=PrefillCase((7, 1), (3, 1)))
 @example(case=PrefillCase((130, 1, 257), (400, 129, 257), content="needle", garbage="hot"))
 @example(case=PrefillCase((128, 128), (128, 256), content="neg_extreme"))
+@example(case=PrefillCase((128, 128), (128, 256), content="pos_extreme"))
 @example(case=PrefillCase((5, 65), (300, 64), causal=False, content="ties"))
 @example(case=PrefillCase((1,) * 150, (3,) * 150))
 def test_every_result_obeys_the_acceptance_rule(target: Target, case: PrefillCase) -> None:
