@@ -36,7 +36,7 @@ from ci.cross_compile import (
     compile_ragged,
     compile_step,
 )
-from ci.prefill_variants import prefill_variants
+from ci.prefill_variants import gluon_prefill_variants, prefill_variants
 from portable_mla.backends.amd import tiles as amd_tiles
 from portable_mla.backends.nvidia import tiles as nvidia_tiles
 from portable_mla.backends.nvidia.gluon import BACKEND as GLUON
@@ -155,6 +155,7 @@ def variants(arch: str) -> dict[str, Job]:
         ("vendor rows", functools.partial(compile_finish, request, copied=False)),
         ("vendor rows copied", functools.partial(compile_finish, request, copied=True)),
     ]
+    jobs += gluon_prefill_variants(arch).items()
     if gluon := gluon_requests(arch):
         jobs += [(name, functools.partial(_gluon_resources, request)) for name, request in gluon.items()]
         jobs += [

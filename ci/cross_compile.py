@@ -122,6 +122,29 @@ def compile_gluon(request: Request) -> Any:
     return _compiled(sm90_decode_kernel, request.arch, types, constants, GluonASTSource)
 
 
+def compile_gluon_prefill(request: Request, *, causal: bool = True) -> Any:
+    """Hopper's Gluon prefill kernel as its runner launches it, compiled."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from portable_mla.backends.nvidia.sm90_prefill import BOX, HALF, Sm90PrefillRunner, box_layout
+    from portable_mla.backends.nvidia.sm90_prefill_kernels import sm90_prefill_kernel
+
+    constants = Sm90PrefillRunner(request).constants(causal)
+    dtype, block_n, rope = DTYPES[request.shape.q_dtype], constants["BLOCK_N"], constants["ROPE"] or BOX
+    boxes = {
+        "q_desc": (HALF, BOX), "q_rope_desc": (HALF, rope), "k_nope_desc": (block_n, BOX), "k_pe_desc": (block_n, rope),
+        "v_desc": (block_n, BOX),
+    }  # fmt: skip
+    types = _index_types(sm90_prefill_kernel)
+    types |= {
+        name: f"tensordesc<{dtype}[{rows}, {columns}],{box_layout(columns)!r}>"
+        for name, (rows, columns) in boxes.items()
+    }
+    types |= {"out_ptr": "*fp32!" if request.float32_out else f"*{dtype}!", "lse_ptr": "*fp32!"}
+    types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "softmax_scale": "fp32"}
+    return _compiled(sm90_prefill_kernel, request.arch, types, constants, GluonASTSource)
+
+
 def serialised_wgmma(compiled: Any) -> list[str]:
     """What ptxas says of wgmmas that it makes wait for one another (remarks C75xx), which Triton does not show."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from ci.cross_compile import Resources, compile_merge, compile_prefill
+from ci.cross_compile import Resources, compile_gluon_prefill, compile_merge, compile_prefill
+from portable_mla.backends.nvidia.tiles import GLUON_ARCH
 from portable_mla.backends.triton.backend import PREFILL_GEOMETRIES, TritonBackend
 from portable_mla.device import ARCHS
 from portable_mla.dispatch import load
@@ -49,3 +50,35 @@ def prefill_variants(arch: str) -> dict[str, Job]:
                 compiled, replace(request, float32_out=True), causal=False
             )
     return jobs | {f"merge {width}": functools.partial(compile_merge, ARCHS[arch], width) for width in (128, 512)}
+
+
+# nope, rope, v_dim, dtype, causal
+GLUON_CASES = (
+    (128, 64, 128, torch.bfloat16, True),
+    (128, 64, 128, torch.float16, False),
+    (64, 64, 128, torch.bfloat16, True),
+    (64, 32, 64, torch.bfloat16, True),
+    (192, 64, 256, torch.bfloat16, True),
+    (256, 0, 256, torch.bfloat16, True),
+)
+
+
+def gluon_prefill_requests(arch: str) -> dict[str, tuple[Request, bool]]:
+    """What is compiled of the prefill kernel that is written in Gluon, where the architecture has it, and if causal."""
+    requests = {}
+    for nope_dim, rope_dim, v_dim, dtype, causal in GLUON_CASES if arch == GLUON_ARCH else ():
+        shape = MLAShape.expanded(128, nope_dim, rope_dim, v_dim, dtype)
+        request = Request(ARCHS[arch], shape, Phase.prefill, CAPACITY.max_query_len, False, False, CAPACITY)
+        words = "causal" if causal else "full"
+        name = f"gluon prefill {nope_dim}+{rope_dim} v {v_dim} {str(dtype).removeprefix('torch.')} {words}"
+        requests[name] = (request, causal)
+    return requests
+
+
+def _gluon_resources(request: Request, causal: bool) -> Resources:
+    return Resources.of(compile_gluon_prefill(request, causal=causal))
+
+
+def gluon_prefill_variants(arch: str) -> dict[str, Job]:
+    """Hopper's Gluon prefill kernel."""
+    return {name: functools.partial(_gluon_resources, *case) for name, case in gluon_prefill_requests(arch).items()}

@@ -1,134 +1,21 @@
 """A model of the sm90 decode kernel's barriers: no interleaving of its warps deadlocks, over-arrives at a named barrier
 or touches shared memory that another warp is still reading or writing; and the model notices seeded faults.
 
-Each role is a generator that follows its function in sm90_kernels.py or sm90_load_kernels.py. A named barrier opens at
-its number of arrivals; on hardware an arrival too many lets a later generation through, so the model forbids it.
+Each role is a generator that follows its function in sm90_warpgroup_kernels.py or sm90_load_kernels.py.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
 
 import pytest
 
-COMPUTE, LOADER = 128, 32
+from tests.barrier_model import COMPUTE, LOADER, Fault, Role, Room, play
+
 SIZES = {"weights0": 256, "weights1": 256, "query": 320} | dict.fromkeys(
     ("free_left0", "free_left1", "free_right0", "free_right1"), 160
 )
 QUERY = ("query0", "query1")
-Step = Callable[[], bool]  # does one step and says so, or says that it must wait
-Role = Generator[Step, None, None]
-
-
-class Fault(Exception):
-    """What the model caught."""
-
-
-@dataclass
-class Room:
-    """Named barriers, mbarriers and the buffers: who is using each, and what it holds."""
-
-    fault: str = ""
-    arrived: Counter[str] = field(default_factory=Counter)
-    opened: Counter[str] = field(default_factory=Counter)
-    met: Counter[tuple[str, str]] = field(default_factory=Counter)
-    landed: Counter[str] = field(default_factory=Counter)
-    holds: dict[str, object] = field(default_factory=dict)
-    readers: Counter[str] = field(default_factory=Counter)
-    transfers: list[tuple[str, object]] = field(default_factory=list)
-
-    def arrive(self, barrier: str, threads: int = COMPUTE) -> Step:
-        """Never waits. Threads that sync count as arrived only when all the others have."""
-
-        def step() -> bool:
-            self.arrived[barrier] += threads
-            waiting = self.met_waiting(barrier)
-            if self.arrived[barrier] + waiting > SIZES[barrier]:
-                raise Fault(f"{barrier}: an arrival too many")
-            if self.arrived[barrier] + waiting == SIZES[barrier]:
-                self.arrived[barrier] = 0
-                self.opened[barrier] += 1
-            return True
-
-        return step
-
-    def met_waiting(self, barrier: str) -> int:
-        """Threads that wait in a sync of this generation."""
-        return sum(threads for (name, _), threads in self.met.items() if name == barrier)
-
-    def meet(self, who: str, barrier: str, threads: int) -> Generator[Step, None, None]:
-        """Arrive and wait."""
-        generation = 0
-
-        def join() -> bool:
-            nonlocal generation
-            generation = self.opened[barrier]
-            self.met[barrier, who] = threads
-            if self.arrived[barrier] + self.met_waiting(barrier) > SIZES[barrier]:
-                raise Fault(f"{barrier}: an arrival too many")
-            if self.arrived[barrier] + self.met_waiting(barrier) == SIZES[barrier]:
-                self.arrived[barrier] = 0
-                self.opened[barrier] += 1
-            return True
-
-        def leave() -> bool:
-            if self.opened[barrier] == generation:
-                return False
-            del self.met[barrier, who]
-            return True
-
-        yield join
-        yield leave
-
-    def load(self, buffer: str, content: object) -> Step:
-        """The TMA starts: nobody may be reading."""
-
-        def step() -> bool:
-            if self.readers[buffer]:
-                raise Fault(f"{buffer}: loaded while it is read")
-            self.holds[buffer] = None
-            self.transfers.append((buffer, content))
-            return True
-
-        return step
-
-    def wait(self, buffer: str, count: int) -> Step:
-        """An mbarrier wait for the `count`th load."""
-        return lambda: self.landed[buffer] >= count
-
-    def write(self, buffer: str, content: object) -> Step:
-        """A store by a warpgroup."""
-
-        def step() -> bool:
-            if self.readers[buffer]:
-                raise Fault(f"{buffer}: written while it is read")
-            self.holds[buffer] = content
-            return True
-
-        return step
-
-    def begin(self, buffer: str, content: object) -> Step:
-        """A wgmma or a load from shared memory starts."""
-
-        def step() -> bool:
-            if self.holds.get(buffer) != content:
-                raise Fault(f"{buffer}: read {self.holds.get(buffer)} for {content}")
-            self.readers[buffer] += 1
-            return True
-
-        return step
-
-    def end(self, buffer: str) -> Step:
-        """It has been waited for."""
-
-        def step() -> bool:
-            self.readers[buffer] -= 1
-            return True
-
-        return step
 
 
 def scores(room: Room, item: int, key: object, count: int, keys: tuple[str, str]) -> Role:
@@ -277,29 +164,10 @@ def load_right(room: Room, items: list[int]) -> Role:
         yield from room.meet("load_right", barrier, LOADER)
 
 
-def play(rng: random.Random, items: list[int], fault: str = "") -> None:
-    """One interleaving; each role has its own pace, so that one may run far ahead of another."""
-    room = Room(fault)
-    roles = [role(room, items) for role in (left, right, load_left, load_right)]
-    steps: list[Step | None] = [next(role, None) for role in roles]
-    pace = [rng.choice((1, 4, 30)) for _ in roles]
-    while any(steps) or room.transfers:
-        ready = [index for index, step in enumerate(steps) if step]
-        while ready:
-            index = rng.choices(ready, [pace[index] for index in ready])[0]
-            step = steps[index]
-            if step is not None and step():
-                steps[index] = next(roles[index], None)
-                break
-            ready.remove(index)
-        if room.transfers and (not ready or rng.random() < 0.3):
-            buffer, content = room.transfers.pop(rng.randrange(len(room.transfers)))
-            room.holds[buffer] = content
-            room.landed[buffer] += 1
-        elif not ready:
-            raise Fault("deadlock")
-    if any(room.arrived.values()):
-        raise Fault(f"arrivals that nobody met: {dict(room.arrived)}")
+def decode(rng: random.Random, items: list[int], fault: str = "") -> None:
+    """One interleaving of a part's warps."""
+    room = Room(SIZES, fault)
+    play(rng, room, [role(room, items) for role in (left, right, load_left, load_right)])
 
 
 def shapes(rng: random.Random) -> list[int]:
@@ -310,7 +178,7 @@ def shapes(rng: random.Random) -> list[int]:
 def test_no_interleaving_deadlocks_or_races() -> None:
     for seed in range(1500):
         rng = random.Random(seed)
-        play(rng, shapes(rng))
+        decode(rng, shapes(rng))
 
 
 @pytest.mark.parametrize("fault", ["early release", "arrive before meeting", "no wait"])
@@ -319,7 +187,7 @@ def test_a_seeded_fault_is_caught(fault: str) -> None:
     for seed in range(300):
         rng = random.Random(seed)
         try:
-            play(rng, [3, 1, 3], fault)
+            decode(rng, [3, 1, 3], fault)
         except Fault:
             caught += 1
     assert caught, f"{fault} went unnoticed"

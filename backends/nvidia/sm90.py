@@ -1,4 +1,4 @@
-"""Sm90Backend: when the Gluon kernel for Hopper serves."""
+"""Sm90Backend: when the Gluon kernels for Hopper serve."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from portable_mla.backend import Runner
+from portable_mla.backend import PrefillRunner, Runner
 from portable_mla.backends.triton.backend import TritonBackend
 from portable_mla.cache_format import CacheFormat
 from portable_mla.metadata import Needs
 from portable_mla.shape import Phase, Request
 
 GEOMETRIES = ((512, 64), (512, 0))  # latent, rope
+PREFILL_GEOMETRIES = ((128, 64, 128), (192, 64, 256), (256, 0, 256), (64, 64, 128), (64, 32, 64))  # nope, rope, v
 MAX_HEADS, MAX_QUERY_LEN = 128, 8
 PAGE_BOX = 64  # rows of the largest TMA box; pages are multiples of it, or of these fractions
 SMALL_PAGES = (16, 32)
 DTYPES = {CacheFormat.bf16: torch.bfloat16, CacheFormat.fp16: torch.float16}
+
+Checks = tuple[tuple[bool, str], ...]
 
 _GLUON = "triton.experimental.gluon"
 _HOPPER = f"{_GLUON}.language.nvidia.hopper"
@@ -65,7 +68,7 @@ def _reasons_unavailable() -> tuple[str, ...]:
 
 
 class Sm90Backend:
-    """Split-KV decode with wgmma and TMA, for one architecture; what it refuses, portable Triton serves."""
+    """Split-KV decode and prefill with wgmma and TMA, for one architecture; portable Triton serves what it refuses."""
 
     def __init__(self, portable: TritonBackend, arch_name: str) -> None:
         self._portable, self._arch_name = portable, arch_name
@@ -75,14 +78,27 @@ class Sm90Backend:
         return _reasons_unavailable()
 
     def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
-        """Geometries, dtypes and sizes that the kernel is compiled and tested for."""
+        """Geometries, dtypes and sizes that the kernels are compiled and tested for."""
+        checks = self._prefill_checks(request) if request.phase is Phase.prefill else self._decode_checks(request)
+        return tuple(reason for holds, reason in checks if not holds)
+
+    def _prefill_checks(self, request: Request) -> Checks:
+        shape = request.shape
+        known = ", ".join(f"{nope}+{rope}/{v}" for nope, rope, v in PREFILL_GEOMETRIES)
+        widths = (shape.nope_dim, shape.rope_dim, shape.v_dim)
+        return (
+            (request.arch.name == self._arch_name, f"needs {self._arch_name}, got {request.arch.name}"),
+            (widths in PREFILL_GEOMETRIES, f"needs nope+rope/v of {known}, got {widths[0]}+{widths[1]}/{widths[2]}"),
+            (shape.q_dtype in DTYPES.values(), f"needs bf16 or fp16 queries, got {shape.q_dtype}"),
+        )
+
+    def _decode_checks(self, request: Request) -> Checks:
         shape = request.shape
         geometry = (shape.latent_dim, shape.rope_dim)
         known = ", ".join(f"{latent}+{rope}" for latent, rope in GEOMETRIES)
         paged = shape.page_size % PAGE_BOX == 0 or shape.page_size in SMALL_PAGES
         q_dtype = DTYPES.get(shape.cache_format)
-        checks = (
-            (request.phase is Phase.decode, f"needs phase decode, got {request.phase.value}"),
+        return (
             (request.arch.name == self._arch_name, f"needs {self._arch_name}, got {request.arch.name}"),
             (geometry in GEOMETRIES, f"needs latent+rope of {known}, got {geometry[0]}+{geometry[1]}; triton has more"),
             (q_dtype is not None, f"needs a bf16 or fp16 cache, got {shape.cache_format.name}"),
@@ -98,7 +114,6 @@ class Sm90Backend:
             ),
             (not request.deterministic, "needs deterministic off: where a context is split depends on the batch"),
         )
-        return tuple(reason for holds, reason in checks if not holds)
 
     def needs(self, request: Request) -> Needs:
         """Page tables are walked in place, where the split plan says."""
@@ -106,8 +121,12 @@ class Sm90Backend:
 
         return Needs(split_plan=sm90_plan_shape(request))
 
-    def bind(self, request: Request) -> Runner:
-        """A runner; its buffers are allocated by the first plan, on the device of the batch, and stay."""
+    def bind(self, request: Request) -> Runner | PrefillRunner:
+        """A runner; a decode's buffers are allocated by the first plan, on the device of the batch, and stay."""
+        if request.phase is Phase.prefill:
+            from portable_mla.backends.nvidia.sm90_prefill import Sm90PrefillRunner
+
+            return Sm90PrefillRunner(request)
         from portable_mla.backends.nvidia.sm90_runner import Sm90Runner
 
         return Sm90Runner(request, self._portable.tile(request))
