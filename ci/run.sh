@@ -222,9 +222,15 @@ check() {
   "$@" || failed+=("[$name]")
 }
 
+# One process a core, each with one thread, where pytest-xdist is at hand.
 run_tests() {
-  say "pytest${*:+ $*}"
-  "$PY" -m pytest "$@"
+  local spread=()
+  if "$PY" -c 'import xdist' 2>/dev/null; then
+    spread=(-n "$(nproc)" --dist worksteal)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  fi
+  say "pytest ${spread[*]}${*:+ $*}"
+  "$PY" -m pytest "${spread[@]}" "$@"
 }
 
 compile_gate() {

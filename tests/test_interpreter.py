@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -17,6 +18,8 @@ LEAST_TESTS = 100
 def test_the_interpreter_suite_passes() -> None:
     pytest.importorskip("triton", reason="needs the package triton")
     command = [sys.executable, "-m", "pytest", "tests/interpreter", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "2"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     print(done.stdout[-10_000:], done.stderr[-10_000:])
