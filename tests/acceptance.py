@@ -50,14 +50,14 @@ def check(problem: Problem, out: Tensor, lse: Tensor) -> Errors:
 def compare(problem: Problem, out: Tensor, lse: Tensor, golden: Tensor, golden_lse: Tensor) -> Errors:
     """Assert the rule against a golden that is already there."""
     assert out.dtype == problem.q.dtype, f"out is {out.dtype}"
-    return judge((out, lse), (golden, golden_lse), lambda: emulate(problem), value_rms(problem))
+    return judge((out, lse), (golden, golden_lse), lambda: emulate(problem), lambda: value_rms(problem))
 
 
 def judge(
     result: tuple[Tensor, Tensor],
     golden_result: tuple[Tensor, Tensor],
     emulated: Callable[[], Tensor],
-    value_rms: float,
+    value_rms: Callable[[], float],
 ) -> Errors:
     """Assert the rule on out and lse. emulated: the result of a good kernel; value_rms: of all values attended to."""
     (out, lse), (golden, golden_lse) = result, golden_result
@@ -74,7 +74,7 @@ def judge(
     lse_error = ((lse.double() - golden_lse).abs() / (1e-4 + 2e-6 * golden_lse.abs()))[seen].max().item()
     assert lse_error <= 1, f"lse: worst error is {lse_error:.2f} of the bound"
     error = (out.double() - golden)[seen]
-    row, floor = _rms(golden[seen]), 2**-8 * value_rms
+    row, floor = _rms(golden[seen]), 2**-8 * value_rms()
     worst = (_rms(error) / row.clamp_min(floor)).max().item()
     limit = ROW_RMS[out.dtype]
     assert worst <= limit, f"out: worst row RMS is {worst:.2e}, limit {limit:.2e}"

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LEAST_TESTS = 100
 
 
+@pytest.mark.timeout(1800)
 def test_the_interpreter_suite_passes() -> None:
     pytest.importorskip("triton", reason="needs the package triton")
     command = [sys.executable, "-m", "pytest", "tests/interpreter", "-q", "-p", "no:cacheprovider"]
