@@ -131,6 +131,12 @@ def local_devices() -> tuple[LocalDevice, ...]:
     return (*found, LocalDevice("cpu", f"{torch.get_num_threads()} threads", arch_of("cpu")))
 
 
+@functools.cache
+def built_for_amd() -> bool:
+    """Whether torch was built for HIP."""
+    return torch.version.hip is not None
+
+
 def runtime() -> str:
     """The GPU runtime torch was built for: "HIP 7.1", "CUDA 13.0" or "none"."""
     if torch.version.hip:

@@ -8,15 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from portable_mla.device import built_for_amd
 from portable_mla.errors import GraphCaptureError
 
 _WIDEST = 16  # bytes: what Triton specialises pointers on
+_FARTHEST = 2**31 - 1  # bytes
 _REMEMBERED_GRIDS = 1024
 
 
-def alignment(*tensors: Tensor | None) -> tuple[bool | None, ...]:
-    """What Triton specialises on in each pointer: None for no tensor, else whether its address allows wide access."""
-    return tuple([None if tensor is None else tensor.data_ptr() % _WIDEST == 0 for tensor in tensors])
+def alignment(*tensors: Tensor | None, amd: bool | None = None) -> tuple[bool | None, ...]:
+    """What Triton specialises on in each pointer: None for no tensor, else whether its address allows wide access; on
+    AMD also whether its storage ends within 31 bits, since loads of such a tensor have offsets of 32 bits.
+
+    amd: what torch was built for, if unsaid.
+    """
+    wide = tuple([None if tensor is None else tensor.data_ptr() % _WIDEST == 0 for tensor in tensors])
+    if not (built_for_amd() if amd is None else amd):
+        return wide
+    near = [None if tensor is None else tensor.untyped_storage().nbytes() <= _FARTHEST for tensor in tensors]
+    return (*wide, *near)
 
 
 class KernelLaunch:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
     ("errors", "cache_format", "registry", "packages"),
-    ("launch",),
     ("device",),
+    ("launch",),
     ("shape", "settings"),
     ("metadata",),
     ("backend", "models", "pages"),
