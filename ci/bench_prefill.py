@@ -1,6 +1,7 @@
-"""TFLOP/s of prefill on this GPU, beside torch's cuDNN attention over keys that are concatenated per head beforehand.
+"""TFLOP/s of prefill on this GPU, beside FlashAttention-3 (vLLM's build, where it is installed) and torch's cuDNN
+attention, both over keys that are concatenated per head beforehand.
 
-python -m ci.bench_prefill [--rows 1x4096x128 4x2048x128] [--geometry 128+64/128 ...] [--rounds 5] [--ms 20]
+python -m ci.bench_prefill [--rows 1x4096x128 4x2048x128] [--geometry 128+64/128 ...] [--rounds 5] [--ms 10]
 
 Causal bf16; rows are sequences x tokens x heads. Operations are those of the pairs that are seen: two matrix products.
 The contenders take turns; the median of the rounds is printed.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -22,6 +24,8 @@ from portable_mla.backends.triton.backend import PREFILL_GEOMETRIES
 from portable_mla.dispatch import load
 from portable_mla.shape import Capacity, Request
 
+ROWS = ["1x4096x128", "1x16384x16", "1x8192x128", "4x2048x128", "1x16384x128"]
+REST = 0.1  # seconds between stretches, so that none is throttled for the heat of the one before
 Geometry = tuple[int, int, int]
 
 
@@ -51,13 +55,26 @@ def contenders(inputs: PrefillInputs, geometry: Geometry, length: int) -> dict[s
             run = prefill_runner(load(candidate.name, arch.vendor), request).run
             found[candidate.name] = lambda run=run: run(inputs, out, lse, softmax_scale=scale)
     k = torch.cat([inputs.k_nope, inputs.k_pe[:, None].expand(-1, heads, -1)], -1)
-    q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (inputs.q, k, inputs.v.contiguous()))
+    v = inputs.v.contiguous()
+    by_sequence = [tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in (inputs.q, k, v)]
+    offsets = inputs.cu_seqlens_q
 
     def cudnn() -> object:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            return torch.nn.functional.scaled_dot_product_attention(*by_sequence, is_causal=True, scale=scale)
 
-    return found | {"cudnn": cudnn}
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return found | {"cudnn": cudnn}
+
+    def flash_attn3() -> object:
+        return flash_attn_varlen_func(
+            q=inputs.q, k=k, v=v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=length, max_seqlen_k=length,
+            softmax_scale=scale, causal=True, fa_version=3,
+        )  # fmt: skip
+
+    return found | {"flash_attn3": flash_attn3, "cudnn": cudnn}
 
 
 def milliseconds(call: Callable[[], object], budget: float) -> float:
@@ -89,6 +106,7 @@ def measure(geometry: Geometry, row: str, rounds: int, budget: float) -> str:
             print(f"{name} refuses {geometry}: {str(refusal).splitlines()[0]}")
     for _ in range(rounds):
         for name, of_one in times.items():
+            time.sleep(REST)
             of_one.append(milliseconds(calls[name], budget))
     medians = {name: statistics.median(of_one) for name, of_one in times.items()}
     cells = (f"{name} {flops / ms / 1e9:.0f} TFLOP/s ({ms * 1e3:.0f} us)" for name, ms in medians.items())
@@ -99,10 +117,10 @@ def main() -> None:
     """Print a line for each geometry and row."""
     names = {"{}+{}/{}".format(*geometry): geometry for geometry in PREFILL_GEOMETRIES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=["1x4096x128", "4x2048x128"], metavar="SxTxH")
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="SxTxH")
     parser.add_argument("--geometry", nargs="+", choices=list(names), default=list(names))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ms", type=float, default=20.0, help="milliseconds of each stretch")
+    parser.add_argument("--ms", type=float, default=10.0, help="of each stretch")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
     for geometry in options.geometry:

@@ -209,19 +209,19 @@ def flash_mla(problem: Problem) -> Calls:
 
 def flash_attn3(problem: Problem) -> Calls:
     """FlashAttention-3 as vLLM builds it, the latent part of Q as its q_v."""
-    from vllm.vllm_flash_attn import flash_attn_interface  # type: ignore[import-not-found] # noqa: F401
+    from vllm.vllm_flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    forward, batch = torch.ops._vllm_fa3_C.fwd, problem.batch
+    batch = problem.batch
     rope, latent = (part.contiguous() for part in (problem.q[..., LATENT:], problem.q[..., :LATENT]))
     query_len, longest = batch.max_query_len, max(problem.kv_lens)
     starts = torch.arange(0, problem.q.shape[0] + 1, query_len, dtype=torch.int32, device=DEVICE)
 
     def call(cache: Tensor) -> Tensor:
-        keys, values = cache[:, :, None, LATENT:], cache[:, :, None, :LATENT]
-        out: Tensor = forward(
-            rope, keys, values, None, None, latent, None, starts, None, None, None, batch.kv_lens, query_len, longest,
-            batch.block_table, *(None,) * 8, SCALE, True, -1, -1, 0.0, True, None, 0, None, 1, 0, None,
-        )[0]  # fmt: skip
+        out: Tensor = flash_attn_varlen_func(
+            q=rope, k=cache[:, :, None, LATENT:], v=cache[:, :, None, :LATENT], q_v=latent, cu_seqlens_q=starts,
+            max_seqlen_q=query_len, max_seqlen_k=longest, seqused_k=batch.kv_lens, block_table=batch.block_table,
+            softmax_scale=SCALE, causal=True, fa_version=3,
+        )  # fmt: skip
         return out
 
     return [lambda c=c: call(c) for c in problem.caches]

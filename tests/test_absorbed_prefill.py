@@ -15,9 +15,19 @@ from portable_mla.backends import reference
 from portable_mla.device import ARCHS
 from tests import acceptance
 from tests.cases import Case, build
-from tests.targets import Target
+from tests.targets import Target, local_targets
+from tests.test_chunked_prefill import LATENT, PAGE
 from tests.test_contract import accepted, same
-from tests.test_mixed import attention, mixed
+from tests.test_mixed import HEADS, ROPE, attention, mixed
+
+
+@pytest.fixture(
+    scope="session", params=[t for t in local_targets() if t.accepts(Case((9,), max_query_len=33))], ids=str
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Every backend that takes long queries, on every device of this machine."""
+    value: Target = request.param
+    return value
 
 
 @given(
@@ -74,7 +84,7 @@ def test_a_mixed_step_prefills_absorbed_with_the_bits_of_a_step_of_its_own() -> 
     table = b.block_table.clone()
     table[2, :4], table[3, :3] = pages[:4], pages[4:]
     batch = replace(b, block_table=table)
-    cache, q = torch.randn(400, 16, 160).bfloat16(), torch.randn(49, 3, 160).bfloat16()
+    cache, q = (torch.randn(*size, LATENT + ROPE).bfloat16() for size in ((400, PAGE), (49, HEADS)))
     mixing.plan(batch, step.query_lens)
     out, lse = mixing.prefill_absorbed(q, cache, softmax_scale=0.05)
     alone = replace(step.decode, q=q, kv_cache=cache, softmax_scale=0.05, kv_lens=(60, 45), query_lens=(9, 40))

@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from portable_mla import CachedContext, mla_chunked_prefill
-from portable_mla.chunked_prefill import token_bytes
+from portable_mla import CachedContext, chunked_prefill, mla_chunked_prefill
+from portable_mla.backend import PrefillInputs
+from portable_mla.chunked_prefill import head_groups, token_bytes
 from portable_mla.context import Window
 from tests import prefill_cases
 from tests.prefill_cases import PrefillCase, PrefillProblem, Result, build, offsets, prefill_targets, spans
@@ -21,7 +22,7 @@ from tests.targets import Target
 from tests.test_contract import same
 
 CPU = Target("cpu", "cpu")
-LATENT, PAGE = 128, 16
+LATENT, PAGE = 512, 16
 UNREAD_CELL = 2**31 - 1
 
 
@@ -137,6 +138,41 @@ def test_in_the_deterministic_mode_a_sequence_alone_has_the_bits_it_has_among_ot
     same((out[mine], lse[mine]), run(target, replace(problem, new=alone, context=own), 32, deterministic=True))
 
 
+def test_heads_taken_in_groups_give_the_prefill_over_all_keys(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = chunked(PrefillCase((30, 70, 0), (130, 200, 40), heads=6), target.device)
+    inputs, rows = problem.new.inputs, 16
+    workspace = token_bytes(inputs, problem.context) * rows
+    assert head_groups(inputs, problem.context, workspace, units=132) == 1
+    monkeypatch.setattr(chunked_prefill, "_LEAST_WAVES", 0)  # as where a launch of one head fills the device
+    monkeypatch.setattr(chunked_prefill, "_MOST_IDLE", 1.0)
+    assert head_groups(inputs, problem.context, workspace, units=132) == 6
+    prefill_cases.check(problem.whole, *run(target, problem, rows))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "workspace", "groups"),
+    [
+        (4096, 128, 256, 8),  # 16 heads, 512 tiles: 3.9 waves
+        (4096, 128, 1024, 4),  # no more than there were windows
+        (4096, 128, 8192, 1),  # one window
+        (4096, 16, 256, 1),
+        (2816, 72, 256, 4),  # 18 heads, 396 tiles: 3 waves
+        (2816, 56, 256, 1),  # 28 heads would be 4.7 waves
+        (128, 128, 256, 1),
+    ],
+)
+def test_heads_are_taken_in_as_many_groups_as_fill_the_device(
+    tokens: int, heads: int, workspace: int, groups: int
+) -> None:
+    q = torch.empty(tokens, heads, 192, dtype=torch.bfloat16, device="meta")
+    keys = torch.empty(tokens, heads, 128, dtype=torch.bfloat16, device="meta")
+    weights = torch.empty(heads, 128, LATENT, dtype=torch.bfloat16, device="meta")
+    one = torch.empty(1, dtype=torch.int32, device="meta")
+    context = CachedContext(q, one[None], one, 61440, weights, weights)
+    inputs = PrefillInputs(q, keys, keys[:, 0, :64], keys, one, one)
+    assert head_groups(inputs, context, workspace << 20, units=132) == groups
+
+
 def test_the_callers_bound_of_all_tokens_changes_no_bit(target: Target) -> None:
     problem = chunked(PrefillCase((3, 9, 4), (100, 40, 20)), target.device)
     same(run(target, problem, 64), run(target, problem, 64, context=replace(problem.context, max_tokens=144)))
@@ -197,10 +233,10 @@ def test_a_chunked_prefill_reads_no_length_on_the_host() -> None:
             "w_uv",
             torch.zeros(3, 64, LATENT).bfloat16(),
             ValueError,
-            r"w_uv: expected \(3, 128, 128\) of torch.bfloat16",
+            r"w_uv: expected \(3, 128, 512\) of torch.bfloat16",
         ),
-        ("kv_cache", torch.zeros(9, PAGE, 200).bfloat16(), ValueError, "kv_cache: expected rows of 192"),
-        ("kv_cache", torch.zeros(9, PAGE, 192), TypeError, "kv_cache: expected torch.bfloat16 like q, or an fp8"),
+        ("kv_cache", torch.zeros(9, PAGE, 200).bfloat16(), ValueError, "kv_cache: expected rows of 576"),
+        ("kv_cache", torch.zeros(9, PAGE, 576), TypeError, "kv_cache: expected torch.bfloat16 like q, or an fp8"),
         ("lens", torch.zeros(3).int(), ValueError, r"kv_lens: expected \[2\] as block_table has rows, got 3"),
         ("max_len", 30, ValueError, r"lens: expected at most 30 \(max_len\), got 31"),
     ],
@@ -220,7 +256,7 @@ def workspace(size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 @pytest.mark.parametrize(
     ("given_workspace", "message"),
     [
-        (workspace(100), "workspace: expected at least 1920 bytes, one context token, got 100"),
+        (workspace(100), "workspace: expected at least 2688 bytes, one context token, got 100"),
         (workspace(4000, torch.int8), "workspace: expected a dense uint8 vector, got shape"),
         (workspace(8000)[::2], "workspace: expected a dense uint8 vector, got shape"),
     ],

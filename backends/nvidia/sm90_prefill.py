@@ -84,7 +84,8 @@ class Sm90PrefillRunner:
         if not k_nope.shape[0]:  # TMA has no tensors without rows
             k_nope, k_pe, v = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (k_nope, k_pe, v))
         results = (*out.stride()[:2], *lse.stride())
-        key = (q.device.index, out.dtype, results, alignment(inputs.cu_seqlens_q, inputs.cu_seqlens_k, out, lse))
+        pointers = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, out, lse)
+        key = (q.device.index, q.dtype, out.dtype, results, alignment(*pointers))
         launch = self._launches[inputs.causal]
         launch.ready(key)  # before a capture could own the counter
         if self._counter is None:

@@ -5,7 +5,8 @@ from triton.experimental.gluon import language as gl
 
 from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT
 from portable_mla.backends.nvidia.sm90_score_kernels import ACC_ROW, SCORES_ROW
-from portable_mla.backends.nvidia.sm90_sync_kernels import opaque
+from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser
+from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque
 from portable_mla.backends.triton.combine_kernels import NARROW_STATS, WIDE_STATS
 from portable_mla.backends.triton.decode_kernels import LN_2
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
@@ -62,19 +63,19 @@ def hear_peak(peak, slot, vector, results):
 
 
 @gluon.jit
-def _store_stats(row_max, row_sum, row, valid, slot, query_start, results, HEADS: gl.constexpr):
+def _store_stats(log2_max, row_sum, row, valid, slot, query_start, results, HEADS: gl.constexpr):
     """LSE of a whole unit, or maximum and sum of a piece: their logarithm would lose the sum's digits."""
     if slot < 0:
         token = query_start + row // HEADS
         lse_row = token.to(gl.int64) * results.stride_lse_token + (row % HEADS).to(gl.int64) * results.stride_lse_head
         empty = row_sum == 0.0
-        log2_sum = row_max + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
+        log2_sum = log2_max + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
         lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
         gl.store(results.lse_ptr + lse_row, lse, mask=valid)
     else:
         STATS: gl.constexpr = WIDE_STATS if results.partial_out_ptr.dtype.element_ty == gl.float32 else NARROW_STATS
         stats_ptr = results.partial_stats_ptr + STATS * (slot.to(gl.int64) * results.max_rows + row)
-        gl.store(stats_ptr, row_max, mask=valid)
+        gl.store(stats_ptr, log2_max, mask=valid)
         gl.store(stats_ptr + 1, row_sum, mask=valid)
 
 
@@ -121,7 +122,8 @@ def _store_piece(acc, peak, rows, slot, work, results, FIRST: gl.constexpr):
 
 @gluon.jit
 def store_item(
-    acc, row_max, row_sum, peak, slot, work, index, results, FIRST: gl.constexpr, HEADS: gl.constexpr
+    acc, row_max, row_sum, scale, peak, slot, work, index, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
+    HEADS: gl.constexpr,
 ):  # fmt: skip
     """Normalises and writes columns FIRST..FIRST + 255; the left warpgroup also writes what the rows summed to.
 
@@ -132,8 +134,7 @@ def store_item(
     query_start = gl.load(item_ptr + 5)
     query_end = query_start + gl.load(item_ptr + 6)
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
-    total = gl.where(row_sum == 0.0, gl.full_like(row_sum, 1.0), row_sum)
-    norm = gl.convert_layout(1.0 / total, ACC_ROW)
+    norm = gl.convert_layout(normaliser(row_max, row_sum, scale, DTYPE), ACC_ROW)
     acc = acc * norm[:, None]
     if slot < 0:
         _store_whole(acc, rows, query_start, work, results, FIRST, HEADS)
@@ -141,6 +142,6 @@ def store_item(
         _store_piece(acc, peak * norm, rows, slot, work, results, FIRST)
     if FIRST == 0:
         row = work.first_row + gl.arange(0, BLOCK, SCORES_ROW)
-        _store_stats(row_max, row_sum, row, row < rows, slot, query_start, results, HEADS)
+        _store_stats(multiply(row_max, scale), row_sum, row, row < rows, slot, query_start, results, HEADS)
         if query_end > results.tokens:
             _report_missing(results, gl.load(item_ptr), query_end)

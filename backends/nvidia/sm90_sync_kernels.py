@@ -81,7 +81,7 @@ def prefetch_line(pointer, _semantic=None):
 
 @core.extern
 def multiply(left, right, _semantic=None):
-    """The rounded product, never fused with a subtraction: equal logits must weigh the same however large they are."""
+    """The rounded product, never fused with a subtraction."""
     return core.inline_asm_elementwise(
         "mul.rn.f32 $0, $1, $2;", "=f,f,f", [left, _semantic.to_tensor(right)], dtype=core.float32, is_pure=True,
         pack=1, _semantic=_semantic,

@@ -21,6 +21,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     wait_query,
     zero_tails,
 )
+from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, weigh
 from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, read_slot, store_item, tell_peak
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
@@ -35,7 +36,6 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     WEIGHTS_1,
     arrive,
     meet,
-    multiply,
     opaque,
 )
 from portable_mla.backends.triton.decode_kernels import START_MAX
@@ -45,15 +45,14 @@ from portable_mla.backends.triton.decode_kernels import START_MAX
 def _fold_left(room, scores, acc, row_max, row_sum, scale):
     """Softmax of the even block, both blocks' share of columns 0..255; the odd block's product is left in flight."""
     zero = opaque(0)
-    scores = multiply(scores, scale)
     even_max = gl.maximum(row_max, gl.max(scores, 1))
-    weights = gl.exp2(scores - even_max[:, None])
+    weights = weigh(scores, even_max, scale)
     rounded = weights.to(room.weights0.dtype)
     room.max0.store(even_max)
     room.weights0.index(zero).store(rounded)
     fence_async_shared()
     arrive(WEIGHTS_0, PAIR_THREADS)
-    factor = gl.exp2(row_max - even_max)
+    factor = growth(row_max, even_max, scale)
     acc = rescale(acc, factor)
     operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
     acc = warpgroup_mma(operand, room.even.left.index(zero), acc, is_async=True)
@@ -63,7 +62,7 @@ def _fold_left(room, scores, acc, row_max, row_sum, scale):
 
     meet(WEIGHTS_1, PAIR_THREADS)
     row_max = room.max1.load(SCORES_ROW)
-    factor = gl.exp2(even_max - row_max)
+    factor = growth(even_max, row_max, scale)
     row_sum = row_sum * factor
     acc = rescale(acc, factor)
     acc = warpgroup_mma(room.weights1.index(zero), room.odd.left.index(zero), acc, is_async=True)
@@ -133,7 +132,7 @@ def left_warpgroup(
             meet(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum1.load(SCORES_ROW)
             peak = hear_peak(peak, slot, room.peak1, results)
-            store_item(acc, row_max, row_sum, peak, slot, work, index, results, 0, HEADS)
+            store_item(acc, row_max, row_sum, scale, peak, slot, work, index, results, room.weights0.dtype, 0, HEADS)
 
 
 @gluon.jit
@@ -161,20 +160,19 @@ def _fold_right(
         arrive(FREE_QUERY, QUERY_THREADS)
     if position + 2 * BLOCK > item.all_see:
         scores = mask(scores, position + BLOCK, item, first_row, HEADS, BLOCK_Q)
-    acc = rescale(acc, gl.exp2(row_max - even_max))
+    acc = rescale(acc, growth(row_max, even_max, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
-    scores = multiply(scores, scale)
     odd_max = gl.maximum(even_max, gl.max(scores, 1))
-    weights = gl.exp2(scores - odd_max[:, None])
+    weights = weigh(scores, odd_max, scale)
     rounded = weights.to(room.weights0.dtype)
     room.max1.store(odd_max)
     room.weights1.index(zero).store(rounded)
     fence_async_shared()
     arrive(WEIGHTS_1, PAIR_THREADS)
-    row_sum = row_sum * gl.exp2(row_max - odd_max) + gl.sum(weights, 1)
+    row_sum = row_sum * growth(row_max, odd_max, scale) + gl.sum(weights, 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     arrive(FREE_RIGHT_0, RELEASE_THREADS)
-    acc = rescale(acc, gl.exp2(even_max - odd_max))
+    acc = rescale(acc, growth(even_max, odd_max, scale))
     operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
     acc = warpgroup_mma(operand, room.odd.right.index(zero), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -218,4 +216,4 @@ def right_warpgroup(
             arrive(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum0.load(SCORES_ROW)
             peak = hear_peak(peak, slot, room.peak0, results)
-            store_item(acc, row_max, row_sum, peak, slot, work, index, results, HALF, HEADS)
+            store_item(acc, row_max, row_sum, scale, peak, slot, work, index, results, room.weights0.dtype, HALF, HEADS)
