@@ -10,6 +10,7 @@ result is held to the first contender's before it is timed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ OURS: dict[str, Callable[[Problem], Calls]] = {
     "ours": ours,
     "planned": lambda problem: ours(problem, planned=True),
     "triton": lambda problem: ours(problem, "triton"),
+    **{f"through {name}": functools.partial(ours, backend=name) for name in ("flashmla", "flash_attn3", "flashinfer")},
 }
 PEERS: dict[str, Callable[[Problem], Calls]] = {
     "flash_mla": flash_mla, "flash_attn3": flash_attn3, "flashinfer": flashinfer, "vllm triton": vllm,
@@ -68,12 +70,15 @@ def measure(problem: Problem, names: Sequence[str], plain_us: float) -> dict[str
 
 
 def with_ratio(row: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
-    """The row with its times, the fastest peer, and ours over that."""
+    """The row with its times, the fastest peer, ours over that, and over the fastest of our backends."""
     peers = {name: us for name, us in found.items() if name in PEERS}
     row |= found
     if peers:
         best = min(peers, key=peers.__getitem__)
         row |= {"best peer": best, "ratio": round(found["ours"] / peers[best], 3)}
+    backends = {name: us for name, us in found.items() if name in OURS and name != "planned"}
+    best = min(backends, key=backends.__getitem__)
+    row |= {"best backend": best, "of best backend": round(found["ours"] / backends[best], 3)}
     print(row, flush=True)
     torch.cuda.empty_cache()
     return row

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from portable_mla.backend import Backend, LibraryBackend
 from portable_mla.device import Vendor
 from portable_mla.errors import NoBackend
-from portable_mla.registry import BACKENDS, ORDER, PREFILL_ORDER
-from portable_mla.shape import Phase, Request
+from portable_mla.registry import BACKENDS, ORDER
+from portable_mla.shape import Request
 
 _LOG = logging.getLogger("portable_mla")
 DISABLED = "disabled by PORTABLE_MLA_DISABLE"
@@ -53,18 +53,13 @@ def load(name: str, vendor: Vendor) -> Backend:
     return backend
 
 
-def order_of(arch_name: str, phase: Phase) -> tuple[str, ...]:
-    """Backends of an architecture, best first."""
-    return (PREFILL_ORDER if phase is Phase.prefill else ORDER).get(arch_name, ORDER[arch_name])
-
-
 def explain(request: Request, backend: str | None = None, disabled: frozenset[str] = frozenset()) -> Explanation:
     """Ask every backend registered for the request's architecture, or only `backend`, which never falls back.
 
     disabled: names that are refused without being asked. A vendor library is imported only where it would be chosen.
     Raises ValueError with the known names for an unknown `backend`.
     """
-    known = order_of(request.arch.name, request.phase)
+    known = ORDER[request.arch.name]
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend is not None and backend not in known:

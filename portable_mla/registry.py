@@ -21,8 +21,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "sm80": ("triton", "flashinfer", "reference"),
     "sm86": ("triton", "flashinfer", "reference"),
     "sm89": ("triton", "flashinfer", "reference"),
-    # gluon is twice as fast from 64 heads on and level below; triton serves what it refuses (deterministic, other
-    # geometries).
+    # gluon is twice as fast from 64 heads on and level below, and half as fast again in prefills; triton serves what it
+    # refuses (deterministic, other geometries).
     "sm90": ("gluon", "triton", "flashmla", "flash_attn3", "flashinfer", "reference"),
     "sm100": ("triton", "flashinfer", "reference"),
     "sm103": ("triton", "flashinfer", "reference"),
@@ -31,10 +31,4 @@ ORDER: dict[str, tuple[str, ...]] = {
     "gfx90a": ("triton", "reference"),
     "gfx942": ("triton", "aiter", "reference"),
     "gfx950": ("triton", "aiter", "aiter_persistent", "reference"),
-}
-
-# Where prefills are served in another order. gluon's, level with FlashAttention-3 when it was measured, has changed its
-# arithmetic since: it serves by name until it is measured again.
-PREFILL_ORDER: dict[str, tuple[str, ...]] = {
-    "sm90": ("triton", "gluon", "flashmla", "flash_attn3", "flashinfer", "reference"),
 }

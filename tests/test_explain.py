@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from portable_mla.dispatch import order_of
 from portable_mla.registry import ORDER
 from portable_mla.shape import Phase
 from tests.invoking import invoke, invoke_json
@@ -20,7 +19,7 @@ def test_explain_lists_every_candidate_of_an_architecture_in_order(arch: str) ->
     assert tuple(candidate["backend"] for candidate in values["candidates"]) == ORDER[arch]
     assert values["chosen"] in ORDER[arch]
     assert values["request"].startswith(f"decode on {arch}: 16 heads, latent 512 + rope 64")
-    assert tuple(candidate["backend"] for candidate in values["prefill"]["candidates"]) == order_of(arch, Phase.prefill)
+    assert tuple(candidate["backend"] for candidate in values["prefill"]["candidates"]) == ORDER[arch]
     assert values["prefill"]["chosen"] not in (None, "reference")
     assert values["prefill"]["request"].startswith(
         f"prefill on {arch}: 16 heads, nope 128 + rope 64, v 128, q bfloat16"
@@ -36,7 +35,7 @@ def test_explain_reads_well_when_piped(arch: str) -> None:
     prefill = next(index for index, line in enumerate(lines) if line.startswith("prefill"))
     for phase, part in ((Phase.decode, lines[:prefill]), (Phase.prefill, lines[prefill:])):
         assert part[0].startswith(f"{phase.value} on {arch}: ")
-        assert [line.split(":")[0].strip() for line in part[1:]] == list(order_of(arch, phase))
+        assert [line.split(":")[0].strip() for line in part[1:]] == list(ORDER[arch])
         assert sum(line.endswith(": chosen") for line in part) == 1
 
 
