@@ -62,6 +62,7 @@ class Problem:
     softmax_scale: float
     kv_lens: tuple[int, ...]
     query_lens: tuple[int, ...]
+    allowance: float = 1.0  # times the mean error that a backend is allowed
 
     @property
     def inputs(self) -> DecodeInputs:
@@ -217,4 +218,5 @@ CONTENTS: dict[str, Content] = {
     "exact_grid": _exact_grid,
     "subnormal": _subnormal,
 }
-EXACT = ("neg_extreme", "pos_extreme", "exact_grid")
+EXTREME = ("neg_extreme", "pos_extreme")
+EXACT = (*EXTREME, "exact_grid")

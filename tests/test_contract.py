@@ -15,7 +15,7 @@ from torch import Tensor
 from portable_mla import PagedBatch
 from tests import acceptance
 from tests.acceptance import ROW_RMS
-from tests.cases import UNREAD_CELL, Case, Problem, build
+from tests.cases import UNREAD_CELL, Case, Problem
 from tests.strategies import cases
 from tests.targets import Target
 
@@ -27,7 +27,7 @@ def accepted(target: Target, case: Case) -> Problem:
     note(case.repro())
     assume(target.accepts(case))
     event(f"{target} {case.content}")
-    return build(case, target.device)
+    return target.build(case)
 
 
 def valid_slots(problem: Problem) -> Tensor:

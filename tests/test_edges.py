@@ -85,7 +85,7 @@ def test_every_kind_of_data_over_a_long_ragged_batch(target: Target, content: st
 
 def test_only_the_result_is_written(target: Target) -> None:
     case = Case((65, 0, 7), heads=3, query_lens=(2, 1, 0), max_query_len=2, padding=2)
-    problem = build(case, target.device)
+    problem = target.build(case)
     tokens, heads = problem.q.shape[:2]
     guard = torch.full((tokens + 4, heads, problem.latent_dim), 7.0, dtype=problem.q.dtype, device=problem.q.device)
     guard_lse = torch.full((tokens + 4, heads), 7.0, device=problem.q.device)
@@ -100,7 +100,7 @@ def test_only_the_result_is_written(target: Target) -> None:
 @pytest.mark.parametrize("max_query_len", [1, 8])
 def test_m5_the_number_of_splits_does_not_change_the_result(target: Target, units: int, max_query_len: int) -> None:
     case = Case((3000, 1, 513, 519, 0, 64, 7), heads=20, content="split_skew", max_query_len=max_query_len)
-    problem = build(case, target.device)
+    problem = target.build(case)
     acceptance.check(problem, *target.run_as(problem, arch=replace(arch_of(target.device), units=units)))
 
 
@@ -192,7 +192,7 @@ def test_m7_a_request_alone_has_the_same_bits_as_in_any_batch_when_deterministic
     case = Case((300, 1, 64, 0, 129, 2000), heads=16, content="iid", max_query_len=2)
     if not target.accepts(case, deterministic=True):
         pytest.skip(f"{target} refuses deterministic requests")
-    problem = build(case, target.device)
+    problem = target.build(case)
     out, lse = target.run(problem, deterministic=True)
     for request in range(len(problem.kv_lens)):
         alone_out, alone_lse = target.run(problem.only(request), deterministic=True)

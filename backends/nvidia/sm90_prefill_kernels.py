@@ -61,8 +61,8 @@ from portable_mla.backends.nvidia.sm90_prefill_score_kernels import (
     store,
     zero_tail,
 )
-from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, weigh
-from portable_mla.backends.nvidia.sm90_sync_kernels import arrive, meet, opaque, publish_barriers
+from portable_mla.backends.nvidia.sm90_softmax_kernels import weigh
+from portable_mla.backends.nvidia.sm90_sync_kernels import arrive, meet, multiply, opaque, publish_barriers
 from portable_mla.backends.triton.decode_kernels import LOG2_E, START_MAX
 
 TURN_0 = gl.constexpr(13)  # + warpgroup: it may issue its products
@@ -150,7 +150,8 @@ def _attend(
     if position + BLOCK_N > sees:
         scores = mask(scores, position, item, BLOCK_N, WARPGROUP, CAUSAL)
     row_max = gl.maximum(row_max, row_maxima(scores, BLOCK_N))
-    weights = weigh(scores, row_max, scale)
+    log2_max = multiply(row_max, scale)
+    weights = weigh(scores, log2_max, scale)
     sums = partial_sums(weights, BLOCK_N)
     rounded = gl.convert_layout(weights.to(room.values.dtype), operand)
     factor = gl.full([HALF], 1.0, gl.float32, stats)
@@ -172,12 +173,14 @@ def _attend(
             _free_query(WARPGROUP)
         if position + BLOCK_N > sees:
             scores = mask(scores, position, item, BLOCK_N, WARPGROUP, CAUSAL)
-        higher = gl.maximum(row_max, row_maxima(scores, BLOCK_N))
-        factor = growth(row_max, higher, scale)
+        maxima = row_maxima(scores, BLOCK_N)
+        row_max = gl.maximum(row_max, maxima)
+        higher = gl.maximum(log2_max, multiply(maxima, scale))
+        factor = gl.exp2(log2_max - higher)
         weights = weigh(scores, higher, scale)
         sums = sums * gl.convert_layout(factor, sums_row)[:, None] + partial_sums(weights, BLOCK_N)
         sums = settle(sums, 4)
-        row_max = higher
+        log2_max = higher
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _free_values(stage)
         rounded = gl.convert_layout(weights.to(room.values.dtype), operand)
@@ -192,7 +195,7 @@ def _attend(
     acc = warpgroup_mma(rounded, room.values.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     _free_values(stage)
-    return acc, row_max, gl.convert_layout(gl.sum(sums, 1), stats)
+    return acc, row_max, log2_max, gl.convert_layout(gl.sum(sums, 1), stats)
 
 
 @gluon.jit
@@ -210,18 +213,18 @@ def _attend_items(
     scores, kept = _begin(room, item, 0, BLOCK_N, WARPGROUP, KEEP)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     while item.head >= 0:
-        acc, row_max, row_sum = _attend(
+        acc, row_max, log2_max, row_sum = _attend(
             room, item, scores, kept, used, scale, WARPGROUP, CAUSAL, BLOCK_N, V_DIM, KEEP, LATE
         )
         if not AHEAD:
-            store(acc, row_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
+            store(acc, row_max, log2_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
         used += item.blocks
         count += 1
         mbarrier.wait(room.query_full.index(WARPGROUP), count & 1)
         next_item = receive_item(room, count)
         scores, kept = _begin(room, next_item, used, BLOCK_N, WARPGROUP, KEEP)
         if AHEAD:
-            store(acc, row_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
+            store(acc, row_max, log2_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         item = next_item
     if WARPGROUP == 0:
@@ -284,14 +287,8 @@ def sm90_prefill_kernel(
     scale = softmax_scale * LOG2_E
     gl.warp_specialize(
         [
-            (
-                _attend_items,
-                (room, results, scale, gl.constexpr(0), CAUSAL, BLOCK_N, V_DIM, KEEP, LATE, AHEAD),
-            ),
-            (
-                _attend_items,
-                (room, results, scale, gl.constexpr(1), CAUSAL, BLOCK_N, V_DIM, KEEP, LATE, AHEAD),
-            ),
+            (_attend_items, (room, results, scale, gl.constexpr(0), CAUSAL, BLOCK_N, V_DIM, KEEP, LATE, AHEAD)),
+            (_attend_items, (room, results, scale, gl.constexpr(1), CAUSAL, BLOCK_N, V_DIM, KEEP, LATE, AHEAD)),
             (load_queries_and_keys, (room, work, source, CAUSAL, BLOCK_N, NOPE, ROPE)),
             (load_values, (room, source, BLOCK_N, V_DIM)),
         ],

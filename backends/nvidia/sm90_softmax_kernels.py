@@ -14,9 +14,9 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import multiply
 
 
 @gluon.jit
-def weigh(scores, row_max, scale):
-    """Weights of scores; both unscaled."""
-    return gl.exp2(scores * scale - multiply(row_max, scale)[:, None])
+def weigh(scores, log2_max, scale):
+    """Weights of unscaled scores relative to a maximum that was multiplied by scale and rounded."""
+    return gl.exp2(scores * scale - log2_max[:, None])
 
 
 @gluon.jit
@@ -26,8 +26,9 @@ def growth(row_max, higher, scale):
 
 
 @gluon.jit
-def normaliser(row_max, row_sum, scale, DTYPE: gl.constexpr):
-    """What a row's sum of values is multiplied by, 1 for a row that saw no key. DTYPE: what weights are rounded to."""
-    largest = gl.exp2(row_max * scale - multiply(row_max, scale))
+def normaliser(row_max, log2_max, row_sum, scale, DTYPE: gl.constexpr):
+    """What a row's sum of values is multiplied by, 1 for a row that saw no key. log2_max: row_max, unscaled, multiplied
+    by scale and rounded; DTYPE: what weights are rounded to."""
+    largest = gl.exp2(row_max * scale - log2_max)
     kept = largest.to(DTYPE).to(gl.float32) / largest
     return gl.where(row_sum == 0.0, gl.full_like(row_sum, 1.0), 1.0 / (row_sum * kept))

@@ -134,7 +134,8 @@ def store_item(
     query_start = gl.load(item_ptr + 5)
     query_end = query_start + gl.load(item_ptr + 6)
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
-    norm = gl.convert_layout(normaliser(row_max, row_sum, scale, DTYPE), ACC_ROW)
+    log2_max = multiply(row_max, scale)
+    norm = gl.convert_layout(normaliser(row_max, log2_max, row_sum, scale, DTYPE), ACC_ROW)
     acc = acc * norm[:, None]
     if slot < 0:
         _store_whole(acc, rows, query_start, work, results, FIRST, HEADS)
@@ -142,6 +143,6 @@ def store_item(
         _store_piece(acc, peak * norm, rows, slot, work, results, FIRST)
     if FIRST == 0:
         row = work.first_row + gl.arange(0, BLOCK, SCORES_ROW)
-        _store_stats(multiply(row_max, scale), row_sum, row, row < rows, slot, query_start, results, HEADS)
+        _store_stats(log2_max, row_sum, row, row < rows, slot, query_start, results, HEADS)
         if query_end > results.tokens:
             _report_missing(results, gl.load(item_ptr), query_end)

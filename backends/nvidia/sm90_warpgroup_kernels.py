@@ -36,6 +36,7 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     WEIGHTS_1,
     arrive,
     meet,
+    multiply,
     opaque,
 )
 from portable_mla.backends.triton.decode_kernels import START_MAX
@@ -46,7 +47,7 @@ def _fold_left(room, scores, acc, row_max, row_sum, scale):
     """Softmax of the even block, both blocks' share of columns 0..255; the odd block's product is left in flight."""
     zero = opaque(0)
     even_max = gl.maximum(row_max, gl.max(scores, 1))
-    weights = weigh(scores, even_max, scale)
+    weights = weigh(scores, multiply(even_max, scale), scale)
     rounded = weights.to(room.weights0.dtype)
     room.max0.store(even_max)
     room.weights0.index(zero).store(rounded)
@@ -163,7 +164,7 @@ def _fold_right(
     acc = rescale(acc, growth(row_max, even_max, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     odd_max = gl.maximum(even_max, gl.max(scores, 1))
-    weights = weigh(scores, odd_max, scale)
+    weights = weigh(scores, multiply(odd_max, scale), scale)
     rounded = weights.to(room.weights0.dtype)
     room.max1.store(odd_max)
     room.weights1.index(zero).store(rounded)

@@ -20,7 +20,8 @@ class Library:
     """A build of a vendor library.
 
     module: what to import; functions: dotted names in it, each with the parameters that must be there; part: a path in
-    the package's folder, for a build inside a larger package; runtime: of the torch it needs, "CUDA" or "HIP".
+    the package's folder, for a build inside a larger package; runtime: of the torch it needs, "CUDA" or "HIP"; extras:
+    functions that are used where they are there with these parameters.
     """
 
     package: Package
@@ -28,6 +29,7 @@ class Library:
     functions: tuple[tuple[str, tuple[str, ...]], ...]
     runtime: str
     part: str = ""
+    extras: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def name(self) -> str:
@@ -88,6 +90,10 @@ def load(library: Library) -> Loaded:
         if missing:
             reasons.append(f"{library.name}: too old, or too new: {path} has no parameter {', '.join(missing)}")
         functions[path] = function
+    for name, parameters in library.extras:
+        extra = getattr(module, name, None)
+        if extra is not None and not missing_parameters(extra, parameters):
+            functions[name] = extra
     return Loaded(library, functions, tuple(reasons))
 
 
