@@ -26,7 +26,6 @@ class Sm90PrefillTile:
     """The options of one launch; what they gained stands in sm90_prefill_kernels.py."""
 
     block_n: int = 128  # keys of a block
-    keep: bool = True  # the rope part of Q in registers
     late: bool = True  # rescale behind the next block's Q K^T
     ahead: bool = True  # score an item's first block while the one before is stored
     l2_bytes: int = 20 << 20  # keys and values of the heads that are worked on together
@@ -37,8 +36,8 @@ class Sm90PrefillTile:
 def prefill_tile(nope_dim: int, rope_dim: int, v_dim: int) -> Sm90PrefillTile:
     """What fits 227 KB of shared memory and the registers."""
     if nope_dim + rope_dim > 192 or v_dim > 128:
-        return Sm90PrefillTile(block_n=64, keep=False, late=False, ahead=False)
-    return Sm90PrefillTile(keep=rope_dim > 0)
+        return Sm90PrefillTile(block_n=64, late=False, ahead=False)
+    return Sm90PrefillTile()
 
 
 class Sm90PrefillRunner:
@@ -71,7 +70,7 @@ class Sm90PrefillRunner:
         nope, rope, v_dim = self._widths
         tile = self._tile
         return {
-            "NOPE": nope, "ROPE": rope, "V_DIM": v_dim, "CAUSAL": causal, "BLOCK_N": tile.block_n, "KEEP": tile.keep,
+            "NOPE": nope, "ROPE": rope, "V_DIM": v_dim, "CAUSAL": causal, "BLOCK_N": tile.block_n,
             "LATE": tile.late, "AHEAD": tile.ahead, "REGISTERS": tile.registers,
             "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
         }  # fmt: skip

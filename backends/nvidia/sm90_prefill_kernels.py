@@ -13,7 +13,8 @@ Decisions, in TFLOP/s of an H100 80GB HBM3 at (sequences x tokens x heads), caus
 - Where P V is waited for (settle): ptxas puts the wait before the softmax, 1x16384x16 789; behind the row maxima 809;
   in the middle of the exponentials 810; behind all of them, before the changes below, 759 where the maxima gave 794.
 - A warp for values alone, so that keys do not wait until values may be overwritten; not measured by itself. Kept.
-- The rope part of Q in registers (KEEP): predicted 1 % of shared memory's time. 1x16384x16 794 -> 797. Kept.
+- The rope part of Q in registers: predicted 1 % of shared memory's time. 1x16384x16 794 -> 797, and after the changes
+  below 784 -> 781, 1x4096x128 731 -> 726. Dropped.
 - Rescaling acc behind the next Q K^T (LATE): predicted 3 %. Lost 1 % alone, 1x16384x16 800 -> 794, and is part of
   the best measured set; without it that set was not measured.
 - Maxima and sums in four chains, sums across lanes once an item: predicted 2 %. 1x16384x16 800 -> 799. Kept with LATE:
@@ -111,22 +112,18 @@ def _free_values(stage):
 
 
 @gluon.jit
-def _begin(room, item, used, BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr, KEEP: gl.constexpr):
-    """Scores of the item's first block, left in flight, and the part of Q that is kept in registers. After the last
-    item they are of what memory holds."""
-    kept = room.query[len(room.query) - 1].index(opaque(0) + WARPGROUP)
-    if KEEP:
-        kept = kept.load(gl.DotOperandLayout(0, accumulator(BLOCK_N), 2))
+def _begin(room, item, used, BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Scores of the item's first block, left in flight. After the last item they are of what memory holds."""
     stage = used & 1
     if item.head >= 0:
         mbarrier.wait(room.keys_full.index(stage), (used >> 1) & 1)
-    return score(room, kept, stage, BLOCK_N, WARPGROUP, KEEP), kept
+    return score(room, stage, BLOCK_N, WARPGROUP)
 
 
 @gluon.jit
 def _attend(
-    room, item, scores, kept, used, scale, WARPGROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr,
-    V_DIM: gl.constexpr, KEEP: gl.constexpr, LATE: gl.constexpr,
+    room, item, scores, used, scale, WARPGROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr,
+    V_DIM: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """All of an item's blocks, the first of them scored; returns what it summed to. `used` blocks came before.
 
@@ -161,7 +158,7 @@ def _attend(
         used += 1
         mbarrier.wait(room.keys_full.index(stage ^ 1), (used >> 1) & 1)
         _take_turn(WARPGROUP)
-        scores = score(room, kept, stage ^ 1, BLOCK_N, WARPGROUP, KEEP)
+        scores = score(room, stage ^ 1, BLOCK_N, WARPGROUP)
         if LATE:
             acc = acc * gl.convert_layout(settle(factor, 1), acc_row)[:, None]
         mbarrier.wait(room.values_full.index(stage), phase)
@@ -201,7 +198,7 @@ def _attend(
 @gluon.jit
 def _attend_items(
     room, results, scale, WARPGROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, V_DIM: gl.constexpr,
-    KEEP: gl.constexpr, LATE: gl.constexpr, AHEAD: gl.constexpr,
+    LATE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of every item that the loader hands over."""
     used = 0
@@ -210,11 +207,11 @@ def _attend_items(
         _give_turn(WARPGROUP)
     mbarrier.wait(room.query_full.index(WARPGROUP), 0)
     item = receive_item(room, 0)
-    scores, kept = _begin(room, item, 0, BLOCK_N, WARPGROUP, KEEP)
+    scores = _begin(room, item, 0, BLOCK_N, WARPGROUP)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     while item.head >= 0:
         acc, row_max, log2_max, row_sum = _attend(
-            room, item, scores, kept, used, scale, WARPGROUP, CAUSAL, BLOCK_N, V_DIM, KEEP, LATE
+            room, item, scores, used, scale, WARPGROUP, CAUSAL, BLOCK_N, V_DIM, LATE
         )
         if not AHEAD:
             store(acc, row_max, log2_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
@@ -222,7 +219,7 @@ def _attend_items(
         count += 1
         mbarrier.wait(room.query_full.index(WARPGROUP), count & 1)
         next_item = receive_item(room, count)
-        scores, kept = _begin(room, next_item, used, BLOCK_N, WARPGROUP, KEEP)
+        scores = _begin(room, next_item, used, BLOCK_N, WARPGROUP)
         if AHEAD:
             store(acc, row_max, log2_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
         scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -267,7 +264,6 @@ def sm90_prefill_kernel(
     V_DIM: gl.constexpr,
     CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    KEEP: gl.constexpr,  # the last part of Q, its rope, in registers
     LATE: gl.constexpr,  # acc is rescaled behind the next block's Q K^T
     AHEAD: gl.constexpr,  # an item's first scores are computed while the one before is stored
     REGISTERS: gl.constexpr,
@@ -287,8 +283,8 @@ def sm90_prefill_kernel(
     scale = softmax_scale * LOG2_E
     gl.warp_specialize(
         [
-            (_attend_items, (room, results, scale, gl.constexpr(0), CAUSAL, BLOCK_N, V_DIM, KEEP, LATE, AHEAD)),
-            (_attend_items, (room, results, scale, gl.constexpr(1), CAUSAL, BLOCK_N, V_DIM, KEEP, LATE, AHEAD)),
+            (_attend_items, (room, results, scale, gl.constexpr(0), CAUSAL, BLOCK_N, V_DIM, LATE, AHEAD)),
+            (_attend_items, (room, results, scale, gl.constexpr(1), CAUSAL, BLOCK_N, V_DIM, LATE, AHEAD)),
             (load_queries_and_keys, (room, work, source, CAUSAL, BLOCK_N, NOPE, ROPE)),
             (load_values, (room, source, BLOCK_N, V_DIM)),
         ],

@@ -45,17 +45,13 @@ def settle(value, count, _semantic=None):
 
 
 @gluon.jit
-def score(room, kept, stage, BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr, KEEP: gl.constexpr):
+def score(room, stage, BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr):
     """Q K^T, left in flight."""
     half = opaque(0) + WARPGROUP
     scores = gl.zeros([HALF, BLOCK_N], gl.float32, accumulator(BLOCK_N))
-    last: gl.constexpr = len(room.query) - 1
     for part in gl.static_range(len(room.query)):
         keys = room.keys[part].index(stage).permute((1, 0))
-        if KEEP and part == last:
-            scores = warpgroup_mma(kept, keys, scores, use_acc=part > 0, is_async=True)
-        else:
-            scores = warpgroup_mma(room.query[part].index(half), keys, scores, use_acc=part > 0, is_async=True)
+        scores = warpgroup_mma(room.query[part].index(half), keys, scores, use_acc=part > 0, is_async=True)
     return scores
 
 

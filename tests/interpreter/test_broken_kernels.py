@@ -54,7 +54,7 @@ LAUNCHES = {
     combine_kernels: (combine, "combine_kernel"),
     split_kernels: (split_plan, "plan_splits_kernel"),
 }
-NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None] + tl.sum(", "acc = acc + tl.sum(")
+NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None]", "acc = acc * 1.0")
 MUTANTS = {
     "the last token is dropped": Mutant(
         decode_kernels,
@@ -77,7 +77,9 @@ MUTANTS = {
     "decode does not rescale": Mutant(decode_kernels, "acc = acc * rescale[:, None]", "acc = acc"),
     "combine does not rescale, few rows": Mutant(*NO_RESCALE, TALL, units=60),
     "combine does not rescale, many rows": Mutant(*NO_RESCALE, MANY_ROWS, MANY_PARTS, units=1),
-    "combine leaves out the last split": Mutant(combine_kernels, "(slot < slot_hi)", "(slot < slot_hi - 1)"),
+    "combine leaves out the last split": Mutant(
+        combine_kernels, "slots = slot_hi - first", "slots = slot_hi - first - 1"
+    ),
     "combine writes the base-2 logarithm": Mutant(combine_kernels, "tl.log2(total)) * LN_2", "tl.log2(total))"),
     "the plan drops a tile at each cut": Mutant(
         split_kernels, "(part + 1) * share - origin)", "(part + 1) * share - origin - 1)"
