@@ -20,6 +20,9 @@ usage: bash ci/run.sh VERB [ARGUMENTS]
   compile [ARGS]      compile every GPU kernel for every architecture, without a GPU, and hold registers, spills
                       and shared memory to the budgets in ci/budgets.json, for instance: compile --arch sm90
   compile-newest [ARGS]  the same with the newest Triton that there are budgets for
+  emulate [ARGS]      run the AMD kernels, compiled for gfx942 and gfx950, on an emulated GPU, without a GPU. TINYGRAD_SRC
+                      names a tinygrad source tree (ci/emulated/source.py has the commit); clang must be on PATH
+  emulate-newest [ARGS]  the same with the newest Triton
   demo [DEMO ARGS]    portable-mla demo
   gpu [PYTEST ARGS]   for GPU runners: portable-mla doctor, then the test suite.
                       PORTABLE_MLA_REQUIRE names the hardware that must be there, for instance sm90
@@ -238,8 +241,8 @@ compile_gate() {
   "$PY" ci/compile_gate.py "$@"
 }
 
-# The newest Triton lies in a folder of its own, in front of the installed one for this command alone.
-compile_with_newest_triton() {
+# with_newest_triton COMMAND...: that Triton lies in a folder of its own, in front of the installed one for the command.
+with_newest_triton() {
   local folder=$VENV/$NEWEST_TRITON
   mkdir -p "$VENV"
   if [[ ! -d $folder ]]; then
@@ -247,7 +250,7 @@ compile_with_newest_triton() {
     pip_install --no-deps --target "$folder.part" "$NEWEST_TRITON"
     mv "$folder.part" "$folder"
   fi
-  PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} compile_gate "$@"
+  PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} "$@"
 }
 
 command_line() {
@@ -291,7 +294,7 @@ main() {
       ;;
     compile-newest)
       setup
-      compile_with_newest_triton "${@:2}"
+      with_newest_triton compile_gate "${@:2}"
       ;;
     compile)
       setup
@@ -300,6 +303,14 @@ main() {
     demo)
       setup
       command_line demo "${@:2}"
+      ;;
+    emulate)
+      setup
+      "$PY" ci/emulate.py "${@:2}"
+      ;;
+    emulate-newest)
+      setup
+      with_newest_triton "$PY" ci/emulate.py "${@:2}"
       ;;
     gpu) gpu "${@:2}" ;;
     *) usage ;;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -48,29 +49,33 @@ def merged(partials: tuple[Tensor, Tensor], low: int, high: int) -> tuple[Tensor
     return (weight[..., None] * values).sum(0) / total[:, None], total.log()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["wide", "narrow"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_pieces_are_merged_as_defined(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_merged_as_defined(arch: str, kind: str, dtype: torch.dtype) -> None:
+    """Merge with one of the combines, over partial results of this dtype."""
     sizes, partials, slots = random_partials(dtype)
     problem = build(Case((1,) * len(PIECES), HEADS, **SMALL))
-    request = replace(request_of(problem, "sm90", units=4))
-    combine = Combine(request, parts=8, narrow=dtype == torch.float16)
-    monkeypatch.setattr(combine, "_kind", lambda tokens: kind)
+    combine = Combine(request_of(problem, arch, units=4), parts=8, narrow=dtype == torch.float16)
     out = torch.full((len(PIECES), HEADS, LATENT), 7.0)
     lse = torch.full((len(PIECES), HEADS), 7.0)
-    combine("key", slots, partials, out, lse, sizes.rows, (*out.stride()[:2], *lse.stride()))
+    with patch.object(combine, "_kind", lambda tokens: kind):
+        combine("key", slots, partials, out, lse, sizes.rows, (*out.stride()[:2], *lse.stride()))
     for token, count in enumerate(PIECES):
         low, high = slots[token, :2].tolist()
         if count == -2:
-            assert bool(out[token].isnan().all() and lse[token].isnan().all())
+            assert bool(out[token].isnan().all() and lse[token].isnan().all()), "a faulty row is a number"
         elif count == -1:
             assert bool((out[token] == 7).all() and (lse[token] == 7).all()), "a final row was written"
         elif count == 0:
-            assert bool((out[token] == 0).all() and (lse[token] == -torch.inf).all())
+            assert bool((out[token] == 0).all() and (lse[token] == -torch.inf).all()), "an empty row is not 0"
         else:
             golden, golden_lse = merged(partials, low, high)
-            assert torch.allclose(out[token].double(), golden, rtol=1e-5, atol=1e-36)
-            assert torch.allclose(lse[token].double(), golden_lse, rtol=1e-6, atol=1e-6)
+            assert torch.allclose(out[token].double(), golden, rtol=1e-5, atol=1e-36), f"out of {count} pieces"
+            assert torch.allclose(lse[token].double(), golden_lse, rtol=1e-6, atol=1e-6), f"lse of {count} pieces"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["wide", "narrow"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_merged_as_defined(kind: str, dtype: torch.dtype) -> None:
+    assert_merged_as_defined("sm90", kind, dtype)
 
 
 def test_which_combine_serves_follows_pieces_and_rows() -> None:

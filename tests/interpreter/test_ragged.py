@@ -74,15 +74,20 @@ def ragged_cases(draw: st.DrawFn) -> RaggedCase:
     )
 
 
-@settings(max_examples=max(settings().max_examples // 3, 10))
-@given(ragged_cases())
-def test_kernel_and_torch_twin_write_the_same_bits(case: RaggedCase) -> None:
+def assert_ragged_as_defined(case: RaggedCase) -> None:
+    """The kernel's forms and status words are the torch twin's."""
     forms, statuses = [fresh(case.shape) for _ in range(2)], [Status.allocate(torch.device("cpu")) for _ in range(2)]
     forms[0].update(case.batch(), statuses[0], max_pages=case.pages)
     forms[1].update_with_torch(case.batch(), statuses[1], max_pages=case.pages)
     for name, written in buffers(forms[0]).items():
         assert torch.equal(written, buffers(forms[1])[name]), name
     assert statuses[0].words.tolist() == statuses[1].words.tolist()
+
+
+@settings(max_examples=max(settings().max_examples // 3, 10))
+@given(ragged_cases())
+def test_kernel_and_torch_twin_write_the_same_bits(case: RaggedCase) -> None:
+    assert_ragged_as_defined(case)
 
 
 def test_the_kernel_counts_batches_of_more_than_one_scan() -> None:

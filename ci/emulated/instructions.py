@@ -1,0 +1,114 @@
+"""Instructions in NumPy that tinygrad's emulator lacks or gets wrong, as AMD's ISA documents define them.
+
+Lacking: swizzles, gfx950's transposing reads, its swaps of lanes, loads into LDS by address, atomics through buffers,
+cache control. Wrong: a lane index beyond 63 of a permute (the hardware takes it modulo 64), the rows of a 32x32
+product, a DPP operand that is also the destination, loads into LDS from behind a buffer's end, quotients of tiny
+numbers, and float16 in registers above 127, taken for upper halves as on RDNA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ci.emulated import exchanges, memory
+from ci.emulated.lanes import WAVE, Lanes, Repair
+from ci.emulated.products import MFMA, multiply
+
+
+def repair_of(form: str, name: str) -> Repair | None:
+    """The repair of an instruction, by its form and its name; None where the emulator is right."""
+    if MFMA.match(name):
+        return multiply
+    return REPAIRS.get(f"{form} {name}") or (None if "DPP" in form or "SDWA" in form else REPAIRS.get(name))
+
+
+def nothing(instruction: Any, lanes: Lanes) -> None:
+    """Cache control and priorities."""
+
+
+def permute_bytes(instruction: Any, lanes: Lanes) -> None:
+    """Each byte of the result is one of the eight of both operands, a sign repeated, 0 or 255."""
+    high, low, choice = (lanes.source(operand) for operand in (instruction.src0, instruction.src1, instruction.src2))
+    eight = np.stack([low, high], 1).view(np.uint8)
+    signs = np.where(eight[:, [1, 3, 5, 7]] & 0x80, 0xFF, 0)
+    every = np.concatenate([eight, signs, np.zeros((WAVE, 1)), np.full((WAVE, 3), 0xFF)], 1).astype(np.uint8)
+    selected = np.minimum(choice[:, None].view(np.uint8), 15)
+    lanes.write(instruction.vdst, np.take_along_axis(every, selected.astype(np.int64), 1).view(np.uint32)[:, 0])
+
+
+def shift_left_16(instruction: Any, lanes: Lanes) -> None:
+    """Of 16 bits; the emulator keeps the upper half."""
+    shift = lanes.source(instruction.src0) & np.uint32(15)
+    lanes.write(instruction.vdst, lanes.source(instruction.vsrc1) << shift & np.uint32(0xFFFF))
+
+
+def shift_right_16(instruction: Any, lanes: Lanes) -> None:
+    """Of 16 bits."""
+    shift = lanes.source(instruction.src0) & np.uint32(15)
+    lanes.write(instruction.vdst, (lanes.source(instruction.vsrc1) & np.uint32(0xFFFF)) >> shift)
+
+
+def narrow_half(instruction: Any, lanes: Lanes) -> None:
+    """float32 to float16; the upper half becomes 0."""
+    with np.errstate(all="ignore"):
+        halves = lanes.source(instruction.src0).view(np.float32).astype(np.float16)
+    lanes.write(instruction.vdst, halves.view(np.uint16).astype(np.uint32))
+
+
+def widen_half(instruction: Any, lanes: Lanes) -> None:
+    """float16 to float32."""
+    halves = (lanes.source(instruction.src0) & np.uint32(0xFFFF)).astype(np.uint16).view(np.float16)
+    lanes.write(instruction.vdst, halves.astype(np.float32).view(np.uint32))
+
+
+def divide(instruction: Any, lanes: Lanes) -> None:
+    """The last step of a division, which has both operands: the quotient as the host rounds it."""
+    assert not int(instruction.neg or 0) and not int(instruction.abs or 0), f"operands are modified: {instruction}"
+    denominator, numerator = (
+        lanes.source(operand).view(np.float32) for operand in (instruction.src1, instruction.src2)
+    )
+    with np.errstate(all="ignore"):
+        lanes.write(instruction.vdst, (numerator / denominator).astype(np.float32).view(np.uint32))
+
+
+_ACROSS = {
+    name: exchanges.on_words(dtype, operation)
+    for name, dtype, operation in (
+        ("V_ADD_F32", np.float32, np.add), ("V_SUB_F32", np.float32, np.subtract),
+        ("V_MUL_F32", np.float32, np.multiply), ("V_MAX_F32", np.float32, np.fmax), ("V_MIN_F32", np.float32, np.fmin),
+        ("V_ADD_U32", np.uint32, np.add), ("V_OR_B32", np.uint32, np.bitwise_or),
+        ("V_AND_B32", np.uint32, np.bitwise_and), ("V_MAX_I32", np.int32, np.maximum),
+        ("V_MIN_I32", np.int32, np.minimum), ("V_MAX_U32", np.uint32, np.maximum), ("V_MIN_U32", np.uint32, np.minimum),
+    )
+}  # fmt: skip
+_WORDS = (("", 4), ("X3", 12), ("X4", 16))  # of direct loads into LDS
+REPAIRS: dict[str, Repair] = {
+    **{f"DS_READ_B{8 * size}": memory.read_lds(size) for size in (4, 8, 12, 16)},
+    **{f"DS_WRITE_B{8 * size}": memory.write_lds(size) for size in (1, 2, 4, 8, 12, 16)},
+    "DS_READ_U8": memory.read_lds(1), "DS_READ_U16": memory.read_lds(2),
+    "DS_READ_U16_D16": memory.read_lds(2, "low"), "DS_READ_U16_D16_HI": memory.read_lds(2, "high"),
+    "DS_READ_U8_D16": memory.read_lds(1, "low"), "DS_READ_U8_D16_HI": memory.read_lds(1, "high"),
+    "DS_WRITE_B8_D16_HI": memory.write_lds(1, shift=16), "DS_WRITE_B16_D16_HI": memory.write_lds(2, shift=16),
+    **{f"DS_READ2_B{8 * size}": memory.read_lds_twice(size, 1) for size in (4, 8)},
+    **{f"DS_READ2ST64_B{8 * size}": memory.read_lds_twice(size, 64) for size in (4, 8)},
+    **{f"DS_WRITE2_B{8 * size}": memory.write_lds_twice(size, 1) for size in (4, 8)},
+    **{f"DS_WRITE2ST64_B{8 * size}": memory.write_lds_twice(size, 64) for size in (4, 8)},
+    "DS_READ_B64_TR_B16": memory.read_transposed,
+    "DS_SWIZZLE_B32": exchanges.swizzle,
+    "DS_BPERMUTE_B32": exchanges.fetch_lane,
+    "V_PERMLANE16_SWAP_B32_E32": exchanges.swap_lanes(16), "V_PERMLANE32_SWAP_B32_E32": exchanges.swap_lanes(32),
+    "VOP1_DPP16 V_MOV_B32_E32": exchanges.move_across, "VOP1_DPP16 V_MOV_B32": exchanges.move_across,
+    **{f"VOP2_DPP16 {name}{form}": exchanges.combine_across(operation) for name, operation in _ACROSS.items()
+       for form in ("_E32", "")},
+    "V_DIV_FIXUP_F32_E64": divide, "V_DIV_FIXUP_F32": divide,
+    "V_CVT_F16_F32_E32": narrow_half, "V_CVT_F32_F16_E32": widen_half,
+    "V_PERM_B32": permute_bytes, "V_PERM_B32_E64": permute_bytes,
+    "V_LSHLREV_B16_E32": shift_left_16, "V_LSHRREV_B16_E32": shift_right_16,
+    "GLOBAL_ATOMIC_SMIN_X2": memory.keep_smaller(memory.global_addresses, "data"),
+    "BUFFER_ATOMIC_SMIN_X2": memory.keep_smaller(memory.buffer_addresses, "vdata"),
+    **{f"MUBUF to LDS BUFFER_LOAD_DWORD{words}": memory.buffer_to_lds(size) for words, size in _WORDS},
+    **{f"GLOBAL_LOAD_LDS_DWORD{words}": memory.global_to_lds(size) for words, size in _WORDS},
+    **dict.fromkeys(("BUFFER_WBL2", "BUFFER_INV", "S_SETPRIO", "S_SLEEP", "S_SETREG_IMM32_B32"), nothing),
+}  # fmt: skip
