@@ -86,8 +86,7 @@ def decode_job(arch: str, request: TileRequest, kind: str = "") -> tuple[str, Jo
     tile = rule_of(arch, request).tile
     kind = kind or ("gather" if request.page_size % tile.block_n else tile.loads)
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-    options = f"w{tile.num_warps}s{tile.num_stages}" + (f"e{tile.waves_per_eu}" if tile.waves_per_eu else "")
-    name = f"decode {request.latent_dim}+{request.rope_dim} {tile.block_h}x{tile.block_n}{options} {kind}"
+    name = f"decode {request.latent_dim}+{request.rope_dim} {tile.name} {kind}"
     aligned = kind != "unaligned"
     return name, functools.partial(compile_decode, decode_request(arch, request, dtype), tile, aligned=aligned)
 

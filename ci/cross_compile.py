@@ -79,8 +79,9 @@ class Resources:
         return cls(registers, stack, _loop_spills(text, MATRIX_SASS), shared, _kinds(text, MATRIX_SASS))
 
 
-def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Resources:
-    """The decode kernel as the runner launches it. aligned: the cache's address and strides allow wide loads."""
+def compile_decode(request: Request, tile: Tile, *, aligned: bool = True, small: bool = False) -> Resources:
+    """The decode kernel as the runner launches it. aligned: the cache's address and strides allow wide loads; small: on
+    AMD, no tensor has more than 2 GiB, so that loads go through buffers with 32-bit offsets."""
     loads: Literal["descriptor", "pointer"] = tile.loads if aligned else "pointer"
     constants = TritonRunner(request, tile).decode_constants(loads) | {"stride_lse_head": 1}
     dtype = DTYPES[request.shape.q_dtype]
@@ -97,6 +98,8 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True) -> Res
             types[name] = f"tensordesc<{dtype}[1, {tile.block_n}, {width}]>"
         else:
             constants[name] = None
+    if small:
+        types |= {name: f"{kind}<" for name, kind in types.items() if kind.startswith("*")}
     return _compile(decode_kernel, request.arch, types, constants)
 
 
@@ -237,17 +240,20 @@ def _compile(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constant
 
 
 def _compiled(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constants, source_type: Any) -> Any:
-    """types: of the arguments that are not constants; a trailing "!" marks a value divisible by 16."""
+    """types: of the arguments that are not constants; "!" behind one marks a value divisible by 16, and "<" a tensor of
+    at most 2 GiB."""
     assert isinstance(kernel, triton.JITFunction), "main refuses an interpreted process"
     constants = {name: value for name, value in launch.items() if name in kernel.arg_names}
     options = {name: value for name, value in launch.items() if name not in constants}
-    signature = {name: "constexpr" if name in constants else types[name].rstrip("!") for name in kernel.arg_names}
-    divisible = {
-        (index,): [["tt.divisibility", 16]]
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names and name not in constants}
+    signature = {name: types[name].rstrip("!<") if name in types else "constexpr" for name in kernel.arg_names}
+    marks = {"!": ["tt.divisibility", 16], "<": ["tt.pointer_range", 32]}
+    attributes = {
+        (index,): [marks[mark] for mark in marks if mark in types[name]]
         for index, name in enumerate(kernel.arg_names)
-        if name not in constants and types[name].endswith("!")
+        if name in types and types[name][-1] in marks
     }
-    source = source_type(kernel, signature, constexprs=constants, attrs=divisible)
+    source = source_type(kernel, signature, constexprs=constants, attrs=attributes)
     target = ("hip", arch.name) if arch.vendor == "amd" else ("cuda", int(arch.name.removeprefix("sm")))
     return triton.compile(source, target=GPUTarget(*target, arch.wave), options=options)
 

@@ -25,6 +25,12 @@ class Tile:
     num_xcds: int = 1
 
     @property
+    def name(self) -> str:
+        """As the compile gate calls it: rows x keys, warps, stages, waves a SIMD where AMD's compiler is told."""
+        waves = f"e{self.waves_per_eu}" if self.waves_per_eu else ""
+        return f"{self.block_h}x{self.block_n}w{self.num_warps}s{self.num_stages}{waves}"
+
+    @property
     def min_tiles(self) -> int:
         """Tiles of the shortest part."""
         return max(self.min_tokens // self.block_n, 2)

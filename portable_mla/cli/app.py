@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from portable_mla.cache_format import CacheFormat
+from portable_mla.cli import estimate as estimating
 from portable_mla.cli import explain as explaining
 from portable_mla.cli.demo import Demo, DemoOptions
 from portable_mla.cli.doctor import diagnose
@@ -98,6 +99,9 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         bool, typer.Option("--deterministic", help="A row's bits must not depend on the rest of the batch.")
     ] = False,
     backend: BackendName = None,
+    estimated: Annotated[
+        bool, typer.Option("--estimate", help="Model the decode's time; a model, not a measurement.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Which backend serves the decode and the prefill of a model on any architecture, and why not the others. A prefill
@@ -120,10 +124,14 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         explanation, prefill = (
             explaining.answer(replace(question, phase=phase).request(), Settings.from_env(), backend) for phase in Phase
         )
+        chosen = explanation.chosen if estimated else None
+        time = None if chosen is None else estimating.estimate(explanation.request, chosen)
     if as_json:
-        show_json(explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill)})
+        values = explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill)}
+        show_json(values | ({} if time is None else {"estimate": estimating.as_json(time)}))
     else:
-        show(explaining.as_section(explanation), explaining.as_section(prefill))
+        sections = explaining.as_section(explanation), explaining.as_section(prefill)
+        show(*sections, *([] if time is None else [estimating.as_section(time)]))
     if explanation.chosen is None:
         if not as_json:
             print("NoBackend: no backend can serve this request", file=sys.stderr)
