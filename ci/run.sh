@@ -23,6 +23,9 @@ usage: bash ci/run.sh VERB [ARGUMENTS]
   emulate [ARGS]      run the AMD kernels, compiled for gfx942 and gfx950, on an emulated GPU, without a GPU. TINYGRAD_SRC
                       names a tinygrad source tree (ci/emulated/source.py has the commit); clang must be on PATH
   emulate-newest [ARGS]  the same with the newest Triton
+  aiter [ARGS]        on an AMD GPU: decode beside AITER as a table
+  guarded [PYTEST ARGS]  on a GPU: the contract tests without torch's caching allocator, so that reads far outside of a
+                      tensor can fault
   demo [DEMO ARGS]    portable-mla demo
   gpu [PYTEST ARGS]   for GPU runners: portable-mla doctor, then the test suite.
                       PORTABLE_MLA_REQUIRE names the hardware that must be there, for instance sm90
@@ -268,6 +271,14 @@ gpu() {
   run_tests "$@"
 }
 
+# Without the caching allocator a tensor has an allocation of its own, rounded up to what the driver maps at once: a
+# read far outside of it can fault, one just behind it may not.
+guarded() {
+  setup
+  print_devices || die "guarded: torch $(torch_build) sees no GPU on this machine"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTORCH_NO_HIP_MEMORY_CACHING=1 run_tests tests/test_contract.py tests/test_edges.py "$@"
+}
+
 print_devices() {
   "$PY" - <<'EOF'
 import sys
@@ -312,6 +323,11 @@ main() {
       setup
       with_newest_triton "$PY" ci/emulate.py "${@:2}"
       ;;
+    aiter)
+      setup
+      "$PY" -m ci.bench_decode --only table --contenders ours aiter "${@:2}"
+      ;;
+    guarded) guarded "${@:2}" ;;
     gpu) gpu "${@:2}" ;;
     *) usage ;;
   esac
