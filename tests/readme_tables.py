@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ci.compile_gate import read_budgets
+from ci.evidence import read_evidence
 from portable_mla.device import ARCHS
 from portable_mla.registry import ORDER
 from portable_mla.settings import VARIABLES
@@ -13,12 +15,19 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def support_matrix() -> str:
-    """One row an architecture: its part's figures and its backends."""
-    rows = ["| architecture | vendor | units | shared memory | backends, best first |", "|---|---|---|---|---|"]
+    """One row an architecture: its part's figures, what our kernels ran on, and its backends."""
+    head = ("architecture", "vendor", "units", "shared memory", "ran on silicon", "emulated", "compiled", "backends")
+    rows = [f"| {' | '.join(head)}, best first |", "|---" * len(head) + "|"]
+    evidence, budgets = read_evidence(), read_budgets()
     for arch in ARCHS.values():
+        silicon = evidence["silicon"].get(arch.name, "no")
+        emulated = "; ".join(f"{n} checks, Triton {v}" for v, n in evidence["emulated"].get(arch.name, {}).items())
+        compiled = ", ".join(f"Triton {version}" for version, used in budgets.items() if arch.name in used)
         memory = f"{arch.shared_memory // 1024} KiB" if arch.shared_memory else "-"
         units = "threads" if arch.vendor == "cpu" else str(arch.units)
-        rows.append(f"| {arch.name} | {arch.vendor} | {units} | {memory} | {', '.join(ORDER[arch.name])} |")
+        proof = " | ".join((silicon, emulated or "-", compiled or "-"))
+        backends = ", ".join(ORDER[arch.name])
+        rows.append(f"| {arch.name} | {arch.vendor} | {units} | {memory} | {proof} | {backends} |")
     return "\n".join(rows)
 
 
