@@ -13,6 +13,14 @@ _MIDDLE = replace(_WIDE, block_h=32, num_stages=2)
 _NARROW = replace(_WIDE, block_h=16, num_stages=2)
 _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 
+# Candidates for 16 rows of 512+64, by the compiler alone, on Triton 3.6 and 3.9 (registers with buffer loads, of caches
+# up to 2 GiB, and with 64-bit addresses). All warps of a row group score the same keys: four issue 2.6 times the
+# products that there are, two 1.5 times. 16x32, two warps, one stage: 355 / 344, 311 / 329 on gfx942, no spills,
+# two workgroups a unit; on gfx950 also with two stages (36 KB): 363 / 406, 389 / 379. Predicted by the model (explain
+# --estimate) to take 2470 cycles a tile on gfx942, where four warps take 3950: not chosen before it ran on silicon.
+# 16x16, four warps, waves_per_eu=2: 214 / 212, 209 / 204, two workgroups; the model has no word on tiles of 16 keys,
+# which took twice as long on an H100. 16x32 with waves_per_eu=2 spills (gfx942: 9 / 61, 46 / 53). Dropped.
+# 64 rows on gfx950 with two stages: 9 / 83 spilled on 3.6, none on 3.9; 64x64 spills in the loop on both. Dropped.
 # 64 KiB of LDS
 _GFX942 = (
     # 455 regs, 64 KB, 136 16x16x16_bf16; 3.9: 371
