@@ -32,6 +32,7 @@ from ci.contenders import (
     graph_us,
     ours,
     vllm,
+    with_tiles_of,
 )
 from portable_mla.cli.trace import SHIPPED_TRACE, read_trace
 
@@ -45,6 +46,9 @@ PEERS: dict[str, Callable[[Problem], Calls]] = {
     "flash_mla": flash_mla, "flash_attn3": flash_attn3, "flashinfer": flashinfer, "vllm triton": vllm,
     "aiter": lambda problem: ours(problem, "aiter"),  # through the adapter: padded heads and copies are its time too
 }  # fmt: skip
+FORCED: dict[str, Callable[[Problem], Calls]] = {
+    f"{name} tiles": functools.partial(with_tiles_of, name) for name in ("sm80", "sm89", "sm120")
+}  # asked for by name
 SIZES = ((1, 1024), (1, 8192), (1, 81920), (8, 8192), (32, 4096), (128, 4096), (64, 16384))
 ROWS = [(batch, heads, context, 1) for heads in (128, 64, 16) for batch, context in SIZES]
 ROWS += [(128, 128, 4096, 2), (32, 16, 4096, 2)]
@@ -57,7 +61,7 @@ def measure(problem: Problem, names: Sequence[str], plain_us: float) -> dict[str
     expected = None
     for name in names:
         try:
-            calls = (OURS | PEERS)[name](problem)
+            calls = (OURS | PEERS | FORCED)[name](problem)
             result = calls[0]().reshape(problem.q.shape[0], -1).float()
         except (ImportError, RuntimeError, AssertionError) as error:
             print(f"  {name}: {type(error).__name__}: {str(error)[:120]}", flush=True)
@@ -128,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trace", type=Path, nargs="*", default=[SHIPPED_TRACE])
     parser.add_argument("--only", default="table,trace")
-    parser.add_argument("--contenders", nargs="*", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    parser.add_argument("--contenders", nargs="*", default=[*OURS, *PEERS], choices=[*OURS, *PEERS, *FORCED])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     one = torch.zeros(1, device=DEVICE)

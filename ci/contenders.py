@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ci.forced import arch_with_tiles_of
 from portable_mla import Capacity, MLAAttention, MLAShape, PagedBatch, Phase, Request, arch_of
 from portable_mla.backend import DecodeInputs
 from portable_mla.backends.triton.backend import TritonBackend
@@ -121,6 +122,19 @@ def ours(problem: Problem, backend: str | None = None, *, deterministic: bool = 
     return [lambda c=c: call(c) for c in problem.caches]
 
 
+def with_tiles_of(name: str, problem: Problem) -> Calls:
+    """The portable kernel with the tiles of another NVIDIA architecture."""
+    local = problem.request()
+    request = replace(local, arch=arch_with_tiles_of(name, local.arch))
+    backend = load("triton", request.arch.vendor)
+    assert isinstance(backend, TritonBackend)
+    status = Status.allocate(torch.device(DEVICE))
+    buffers = DecodeBuffers(request.capacity, PAGE_SIZE, backend.needs(request), status)
+    runner = TritonRunner(request, backend.tile(request))
+    runner.plan(buffers.update(problem.batch, problem.caches[0].shape[0]))
+    return _calls(problem, runner)
+
+
 def split_rule(problem: Problem) -> Calls:
     """The same kernel and combine over pieces that the split rule makes, one program each."""
     request, batch = problem.request(), len(problem.kv_lens)
@@ -138,6 +152,10 @@ def split_rule(problem: Problem) -> Calls:
     )
     _write_split_rule(metadata, problem.kv_lens, splits, tile.block_n)
     runner.plan(metadata)
+    return _calls(problem, runner)
+
+
+def _calls(problem: Problem, runner: TritonRunner) -> Calls:
     out, lse = problem.outputs()
 
     def call(cache: Tensor) -> Tensor:

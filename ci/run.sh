@@ -26,6 +26,8 @@ usage: bash ci/run.sh VERB [ARGUMENTS]
   aiter [ARGS]        on an AMD GPU: decode beside AITER as a table
   guarded [PYTEST ARGS]  on a GPU: the contract tests without torch's caching allocator, so that reads far outside of a
                       tensor can fault
+  tiles ARCH [PYTEST ARGS]  on an NVIDIA GPU: the contract tests with the tiles of another NVIDIA architecture, and its
+                      code as far as that runs: the PTX of an older one, no wgmma in place of a newer one's
   demo [DEMO ARGS]    portable-mla demo
   gpu [PYTEST ARGS]   for GPU runners: portable-mla doctor, then the test suite.
                       PORTABLE_MLA_REQUIRE names the hardware that must be there, for instance sm90
@@ -328,6 +330,11 @@ main() {
       "$PY" -m ci.bench_decode --only table --contenders ours aiter "${@:2}"
       ;;
     guarded) guarded "${@:2}" ;;
+    tiles)
+      [[ $# -ge 2 ]] || usage
+      setup
+      PORTABLE_MLA_TILES=$2 run_tests tests/test_contract.py tests/test_edges.py "${@:3}"
+      ;;
     gpu) gpu "${@:2}" ;;
     *) usage ;;
   esac

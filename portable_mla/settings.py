@@ -25,6 +25,7 @@ class Settings:
     debug: values are checked on the host at each plan and call, which syncs, and kernels assert on the device.
     prefill_workspace: bytes of expanded context that a chunked prefill holds at once, where the caller gives no memory.
     require: architecture that must be present, or the test run stops (a GPU job cannot pass by skipping).
+    tiles: architecture whose tiles, and code where it runs, the tests try on another NVIDIA GPU.
     hypothesis: property-test profile.
     disable: backends that are no candidates.
     """
@@ -36,6 +37,7 @@ class Settings:
     debug: bool = False
     prefill_workspace: int = 256 << 20
     require: str | None = None
+    tiles: str | None = None
     hypothesis: str | None = None
 
     @classmethod
@@ -104,6 +106,12 @@ VARIABLES: dict[str, Variable] = {
     ),
     f"{PREFIX}REQUIRE": Variable(
         "require", tuple(ARCHS), "unset", "tests: stop unless this architecture is present", str
+    ),
+    f"{PREFIX}TILES": Variable(
+        "tiles",
+        tuple(name for name, arch in ARCHS.items() if arch.vendor == "nvidia"),
+        "unset",
+        "tests: only the portable kernels, with this architecture's tiles on another NVIDIA GPU",
     ),
     f"{PREFIX}HYPOTHESIS": Variable(
         "hypothesis", ("dev", "ci", "nightly"), "dev, or ci where CI is set", "tests: property-test profile", str

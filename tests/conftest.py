@@ -44,9 +44,22 @@ def _present(marker: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the hardware markers."""
+    """Declare the hardware markers; compile for another architecture where its tiles are asked for."""
     for marker, needs in _MARKERS.items():
         config.addinivalue_line("markers", f"{marker}: needs {needs}")
+    if tiles := Settings.from_env().tiles:
+        _force(tiles)
+
+
+def _force(tiles: str) -> None:
+    from ci.forced import arch_with_tiles_of, force_code
+
+    local = arch_of("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        arch_with_tiles_of(tiles, local)
+    except ValueError as error:
+        raise pytest.UsageError(f"PORTABLE_MLA_TILES: {error}") from error
+    force_code(tiles, local)
 
 
 def pytest_report_header() -> str:

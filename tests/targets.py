@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portable_mla import UnsupportedDevice, arch_of, explain, mla_decode, select
+from portable_mla import Request, Settings, UnsupportedDevice, arch_of, explain, mla_decode, select
 from portable_mla.arguments import DecodeArguments
 from portable_mla.backend import LibraryBackend, decode_runner
 from portable_mla.backends import reference
+from portable_mla.device import Arch
 from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, Status
 from portable_mla.registry import ORDER
@@ -26,13 +27,25 @@ LIBRARY_ALLOWANCE = {"flashinfer": 1.3}
 
 @dataclass(frozen=True)
 class Target:
-    """A backend and the device that it runs on."""
+    """A backend and the device that it runs on. tiles: another architecture's, in place of the device's."""
 
     device: str
     backend: str
+    tiles: str = ""
 
     def __str__(self) -> str:
-        return f"{self.backend}-on-{self.device}"
+        tiles = f"-with-{self.tiles}-tiles" if self.tiles else ""
+        return f"{self.backend}{tiles}-on-{self.device}"
+
+    @property
+    def arch(self) -> Arch:
+        """What dispatch is asked for."""
+        local = arch_of(self.device)
+        if not self.tiles:
+            return local
+        from ci.forced import arch_with_tiles_of
+
+        return arch_with_tiles_of(self.tiles, local)
 
     @property
     def of_a_library(self) -> bool:
@@ -44,10 +57,14 @@ class Target:
         if case.content in EXTREME and self.of_a_library:
             return False
         problem = build(Case(**{**vars(case), "kv_lens": (0,) * len(case.kv_lens)}), self.device)
+        return explain(self.request(problem, deterministic=deterministic), self.backend).chosen is not None
+
+    def request(self, problem: Problem, *, deterministic: bool = False) -> Request:
+        """What dispatch is asked."""
         arguments = DecodeArguments(
             problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
         )
-        return explain(arguments.request(deterministic), self.backend).chosen is not None
+        return replace(arguments.request(deterministic), arch=self.arch)
 
     def build(self, case: Case) -> Problem:
         """The case on the target's device, with what the backend is allowed."""
@@ -64,6 +81,8 @@ class Target:
         self, problem: Problem, out: Tensor, lse: Tensor, *, deterministic: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Decode into the given results."""
+        if self.tiles:
+            return run_bound(self.backend, self.request(problem, deterministic=deterministic), problem, out, lse)
         batch = problem.batch
         return mla_decode(
             problem.q,
@@ -82,21 +101,10 @@ class Target:
 
     def run_as(self, problem: Problem, **changes: Any) -> tuple[Tensor, Tensor]:
         """Decode with a runner bound to the problem's request, changed: another `arch`, say."""
-        arguments = DecodeArguments(
-            problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
-        )
-        request = replace(arguments.request(deterministic=False), **changes)
-        backend = select(request, self.backend)
-        runner = decode_runner(backend, request)
-        capacity = request.capacity
-        buffers = DecodeBuffers(
-            capacity, request.shape.page_size, backend.needs(request), Status.allocate(problem.q.device)
-        )  # fmt: skip
-        runner.plan(buffers.update(problem.batch, capacity.max_pages))
+        request = replace(self.request(problem), **changes)
         out = torch.full_like(problem.q[..., : problem.latent_dim], torch.nan)
         lse = torch.full(problem.q.shape[:2], torch.nan, device=problem.q.device)
-        runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
-        return out, lse
+        return run_bound(self.backend, request, problem, out, lse)
 
     def solve(self, case: Case) -> tuple[Problem, Tensor, Tensor]:
         """Build the case, decode it and hold the result to the acceptance rule."""
@@ -112,6 +120,19 @@ class Target:
         )
 
 
+def run_bound(backend_name: str, request: Request, problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Decode with a runner bound to the request."""
+    backend = select(request, backend_name)
+    runner = decode_runner(backend, request)
+    capacity = request.capacity
+    buffers = DecodeBuffers(
+        capacity, request.shape.page_size, backend.needs(request), Status.allocate(problem.q.device)
+    )  # fmt: skip
+    runner.plan(buffers.update(problem.batch, capacity.max_pages))
+    runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
+    return out, lse
+
+
 def is_here(backend: str, device: str) -> bool:
     """Whether this machine's software can run a backend; only libraries may be missing."""
     found = load(backend, arch_of(device).vendor)
@@ -119,8 +140,11 @@ def is_here(backend: str, device: str) -> bool:
 
 
 def local_targets() -> tuple[Target, ...]:
-    """Every registered backend on every kind of device of this machine, without libraries that are not installed."""
+    """Every registered backend on every kind of device of this machine, without libraries that are not installed; or
+    the portable kernels with the tiles that PORTABLE_MLA_TILES names."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if tiles := Settings.from_env().tiles:
+        return (Target(devices[-1], "triton", tiles),)
     found = []
     for device in devices:
         try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from portable_mla import arch_of, mla_decode
+from portable_mla import mla_decode
 from tests import acceptance
 from tests.cases import CONTENTS, Case, build
 from tests.targets import Target
@@ -101,7 +101,7 @@ def test_only_the_result_is_written(target: Target) -> None:
 def test_m5_the_number_of_splits_does_not_change_the_result(target: Target, units: int, max_query_len: int) -> None:
     case = Case((3000, 1, 513, 519, 0, 64, 7), heads=20, content="split_skew", max_query_len=max_query_len)
     problem = target.build(case)
-    acceptance.check(problem, *target.run_as(problem, arch=replace(arch_of(target.device), units=units)))
+    acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=units)))
 
 
 @pytest.mark.parametrize("kv_len", [1, 15, 17, 127, 129, 511, 513, 5000, 20011])

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from portable_mla.backend import Backend, Runner, decode_runner
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.device import ARCHS
 from portable_mla.metadata import Limits, Status
+from portable_mla.shape import Request
+from tests import targets
 from tests.acceptance import check
 from tests.cases import Case, build
 from tests.interpreter.repair import without
@@ -176,3 +179,21 @@ def test_without_its_repair_the_interpreter_is_wrong(repair: str) -> None:
     solve_with_tile(case, TILE, 6)
     with without(repair), pytest.raises(AssertionError, match="^(out|lse)"):
         solve_with_tile(case, TILE, 6)
+
+
+@pytest.mark.parametrize("name", ["sm80", "sm89", "sm120"])
+def test_a_target_with_another_architectures_tiles_decodes_with_those(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "arch_of", lambda device: replace(ARCHS["sm90"], units=4))
+    bound: list[str] = []
+
+    def bind(backend: Backend, request: Request) -> Runner:
+        bound.append(request.arch.name)
+        return decode_runner(backend, request)
+
+    monkeypatch.setattr(targets, "decode_runner", bind)
+    target, case = targets.Target("cpu", "triton", name), Case((100, 0, 40), 16, **SMALL, page_size=64)
+    assert target.accepts(case, deterministic=True)
+    target.solve(case)
+    assert bound == [name]
