@@ -56,12 +56,12 @@ def contenders(inputs: PrefillInputs, geometry: Geometry, length: int) -> dict[s
             found[candidate.name] = lambda run=run: run(inputs, out, lse, softmax_scale=scale)
     k = torch.cat([inputs.k_nope, inputs.k_pe[:, None].expand(-1, heads, -1)], -1)
     v = inputs.v.contiguous()
-    by_sequence = [tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in (inputs.q, k, v)]
+    queries, keys, values = (tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in (inputs.q, k, v))
     offsets = inputs.cu_seqlens_q
 
     def cudnn() -> object:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(*by_sequence, is_causal=True, scale=scale)
+            return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
 
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]

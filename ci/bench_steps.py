@@ -82,8 +82,8 @@ def mixed_row(context: int, heads: int) -> dict[str, Any]:
     table[0] = order[:width]
     each = PROMPT // PAGE_SIZE
     table[1:, :each] = order[width:].view(PROMPTS, each)
-    lens = [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (kv_lens, query_lens)]
-    batch = PagedBatch(table, *lens, PROMPT)
+    keys, queries = (torch.tensor(lens, dtype=torch.int32, device=DEVICE) for lens in (kv_lens, query_lens))
+    batch = PagedBatch(table, keys, queries, PROMPT)
     cache = randn(pages, PAGE_SIZE, LATENT + ROPE)
     capacity = Capacity(len(kv_lens), tokens, PROMPT, context, pages, cache.nbytes)
     shape = MLAShape(heads, LATENT, ROPE, PAGE_SIZE, torch.bfloat16, CacheFormat.bf16, NOPE, V_DIM)
