@@ -3,6 +3,7 @@
 from portable_mla.attention import MLAAttention as MLAAttention
 from portable_mla.cache import PagedLatentCache as PagedLatentCache
 from portable_mla.cache_format import CacheFormat as CacheFormat
+from portable_mla.cache_write import write_latent as write_latent
 from portable_mla.chunked_prefill import mla_chunked_prefill as mla_chunked_prefill
 from portable_mla.context import CachedContext as CachedContext
 from portable_mla.device import Arch as Arch
@@ -26,6 +27,8 @@ from portable_mla.models import MODELS as MODELS
 from portable_mla.models import Model as Model
 from portable_mla.ops import mla_decode as mla_decode
 from portable_mla.prefill import mla_prefill as mla_prefill
+from portable_mla.rope import Yarn as Yarn
+from portable_mla.rope import rope_table as rope_table
 from portable_mla.settings import Settings as Settings
 from portable_mla.shape import Capacity as Capacity
 from portable_mla.shape import MLAShape as MLAShape

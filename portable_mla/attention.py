@@ -88,6 +88,11 @@ class MLAAttention:
         ones too, read it in place."""
         return self._buffers.positions
 
+    @property
+    def status_words(self) -> Tensor:
+        """What kernels met, for `check`; `write_latent` reports in them too. Their address never changes."""
+        return self._status.words
+
     def memory(self) -> dict[str, int]:
         """Device bytes held from step to step, by part. They depend on the capacity alone, never on the lengths."""
         parts = {part: sum(t.nbytes for t in tensors) for part, tensors in self._buffers.tensors().items()}

@@ -16,17 +16,17 @@ from portable_mla.device import ARCHS
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
-    ("errors", "cache_format", "registry", "packages"),
+    ("errors", "cache_format", "registry", "packages", "rope"),
     ("device",),
     ("launch",),
     ("shape", "settings"),
     ("metadata",),
     ("backend", "models", "pages"),
     ("dispatch", "cache", "arguments"),
-    ("prefill_arguments",),
+    ("prefill_arguments", "write_arguments"),
     ("merge_kernels",),
     ("ops", "merge"),
-    ("prefill", "context"),
+    ("prefill", "context", "cache_write"),
     ("chunked_prefill", "attention"),
     ("mixed",),
     ("__init__",),

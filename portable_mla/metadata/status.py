@@ -18,6 +18,8 @@ class Fault(IntEnum):
     kv_len = 1
     query_len = 2
     query_tokens = 3
+    slot = 4
+    position = 5
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Status:
     """One sticky word a kind of fault. Kernels only ever lower a word, so that the first faulty request stays; writing
     it needs no sync and works in captured graphs.
 
-    words: [4] int64, NO_FAULT or `request << 32 | value & 0xffffffff`.
+    words: [6] int64, NO_FAULT or `request << 32 | value & 0xffffffff`; of slots and positions, a token's index is in
+    the request's place.
     """
 
     words: Tensor
@@ -72,5 +75,7 @@ def describe(fault: Fault, word: int, limits: Limits) -> str:
             f"query_lens: request {request}: its query tokens end at {value}, "
             f"past q or past max_query_tokens {limits.max_query_tokens}"
         ),
+        Fault.slot: f"slots: token {request}: expected -1 or a slot of the {limits.max_pages} pages, got {value}",
+        Fault.position: f"positions: token {request}: expected a row of cos_sin, got {value}",
     }
     return messages[fault]

@@ -10,6 +10,8 @@ PAGE_ID = tl.constexpr(int(status.Fault.page_id))
 KV_LEN = tl.constexpr(int(status.Fault.kv_len))
 QUERY_LEN = tl.constexpr(int(status.Fault.query_len))
 QUERY_TOKENS = tl.constexpr(int(status.Fault.query_tokens))
+SLOT = tl.constexpr(int(status.Fault.slot))
+POSITION = tl.constexpr(int(status.Fault.position))
 
 
 @triton.jit
