@@ -83,7 +83,7 @@ def quantise_rows(rows: Tensor, cache_format: CacheFormat, kv_scale: Tensor | No
     latent, rope, scales = stored_parts(stored, cache_format, 512)
     assert scales is not None
     groups = rows[..., :512].unflatten(-1, (4, GROUP))
-    largest = groups.abs().amax(-1) / LARGEST[torch.float8_e4m3fn]
+    largest = groups.abs().masked_fill(groups.isnan(), 0.0).amax(-1) / LARGEST[torch.float8_e4m3fn]
     bits = largest.clamp_min(_SMALLEST_SCALE).view(torch.int32)
     scales.copy_(((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32))
     latent.copy_(to_float8(groups / scales[..., None], torch.float8_e4m3fn).flatten(-2))

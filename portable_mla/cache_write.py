@@ -9,6 +9,7 @@ from portable_mla.cache_format import quantise_rows
 from portable_mla.ops import scale_tensor
 from portable_mla.rope import RopeLayout, rotate
 from portable_mla.write_arguments import WriteArguments, is_interleaved
+from portable_mla.write_launch import launch_write
 
 _LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
 _LIBRARY.define(
@@ -126,10 +127,8 @@ def _write_latent(  # noqa: PLR0913 (the op's schema)
     )  # fmt: skip
     if len(slots) == 0:
         return
-    if kv_cache.device.type == "cpu":
-        write_in_torch(call)
-        return
-    raise NotImplementedError
+    write = write_in_torch if kv_cache.device.type == "cpu" else launch_write
+    write(call)
 
 
 _LIBRARY.impl("write_latent", _write_latent, "CompositeExplicitAutograd")

@@ -121,6 +121,8 @@ class WriteArguments:
 
     def _check_rope(self) -> None:
         """A table and positions come together, for something to turn."""
+        if self.k_pe is not None and (self.rope_dim == 0 or self.rope_dim % 2):
+            raise ValueError(f"k_pe: expected a positive even width, got {self.rope_dim}; None where there is no rope")
         if self.q_pe is not None and self.cos_sin is None:
             raise ValueError("cos_sin: expected a table to rotate q_pe with, got None")
         if self.cos_sin is None or self.positions is None:
@@ -128,8 +130,8 @@ class WriteArguments:
                 missing = "positions" if self.positions is None else "cos_sin"
                 raise ValueError(f"{missing}: positions and cos_sin come together, got None")
             return
-        if self.rope_dim == 0 or self.rope_dim % 2:
-            raise ValueError(f"k_pe: expected an even width to rotate, got {self.rope_dim}")
+        if self.k_pe is None:
+            raise ValueError("k_pe: expected a tensor to rotate by cos_sin, got None")
         if self.cos_sin.shape[1] != self.rope_dim:
             raise ValueError(f"cos_sin: expected rows of {self.rope_dim} like k_pe, got {self.cos_sin.shape[1]}")
         if len(self.positions) < len(self.slots):
