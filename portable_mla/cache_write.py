@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
+
 import torch
 from torch import Tensor
 
@@ -97,12 +99,13 @@ def write_in_torch(call: WriteArguments) -> None:
 
 
 def _normalised(call: WriteArguments) -> Tensor:
-    """The sum of squares is taken in float64, where its order does not show in the float32 mean."""
+    """The factor is found in float64, where the order of the sum does not show in its float32."""
     latent = call.c_kv.float()
     if call.norm_weight is None:
         return latent
-    mean = latent.double().square().mean(1, keepdim=True).float()
-    return latent * (1.0 / torch.sqrt(mean + call.eps)) * call.norm_weight.float()
+    mean = latent.double().square().mean(1, keepdim=True)
+    factor = (1.0 / torch.sqrt(mean + call.eps)).float()
+    return latent * factor * call.norm_weight.float()
 
 
 def _write_latent(  # noqa: PLR0913 (the op's schema)
@@ -122,8 +125,8 @@ def _write_latent(  # noqa: PLR0913 (the op's schema)
     status: Tensor | None,
 ) -> None:
     call = WriteArguments(
-        kv_cache, slots, c_kv, k_pe, norm_weight, eps, positions, cos_sin, interleaved, kv_scale, q_source, q_pe, rows,
-        status,
+        kv_cache, slots, c_kv, k_pe, norm_weight, c_float(eps).value, positions, cos_sin, interleaved, kv_scale,
+        q_source, q_pe, rows, status,
     )  # fmt: skip
     if len(slots) == 0:
         return

@@ -21,12 +21,12 @@ def _report(status_ptr, FAULT: tl.constexpr, token, value, is_wrong):
 
 @triton.jit
 def _normalise(latent, norm_weight_ptr, eps, column, LATENT: tl.constexpr):
-    """RMSNorm. The sum is in float64, where its order does not show in the float32 mean."""
+    """RMSNorm. The factor is found in float64, where the order of the sum does not show in its float32."""
     wide = latent.to(tl.float64)
-    mean = (tl.sum(wide * wide, 0) / LATENT).to(tl.float32)
+    mean = tl.sum(wide * wide, 0) / LATENT
+    factor = (1.0 / tl.sqrt(mean + eps)).to(tl.float32)
     weight = tl.load(norm_weight_ptr + column, mask=column < LATENT, other=0.0).to(tl.float32)
-    inverse = tl.div_rn(tl.full([1], 1.0, tl.float32), tl.sqrt_rn(mean + eps + tl.zeros([1], tl.float32)))
-    return latent * inverse * weight
+    return latent * factor * weight
 
 
 @triton.jit
@@ -58,7 +58,8 @@ def _to_cache(values, scale, FLOAT8: tl.constexpr, dtype: tl.constexpr):
     """float32 values as the cache stores them. FLOAT8: the flavour, None where it is not fp8."""
     if FLOAT8 is None:
         return values.to(dtype)
-    return float8_bits(tl.div_rn(values, scale + tl.zeros_like(values)), FLOAT8 == "e4m3fnuz")
+    else:  # noqa: RET505 (the compiler takes one branch)
+        return float8_bits(tl.div_rn(values, scale + tl.zeros_like(values)), FLOAT8 == "e4m3fnuz")
 
 
 @triton.jit
@@ -106,6 +107,22 @@ def _turn(from_ptr, first, second, cos, sin, mask, TURNS: tl.constexpr):
 def _store_pair(to_ptr, first, second, turned, mask):
     tl.store(to_ptr + first, turned[0].to(to_ptr.dtype.element_ty), mask=mask)
     tl.store(to_ptr + second, turned[1].to(to_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate_heads(
+    q_source_ptr, q_pe_ptr, stride_source_head, stride_q_head, heads, cos, sin,
+    PADDED_HALF: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    TURNS: tl.constexpr,
+):  # fmt: skip
+    """One block of a token's heads."""
+    pair, first, second = _pairs(PADDED_HALF, HALF, INTERLEAVED)
+    head = ((tl.program_id(1) - 1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
+    mask = (head < heads)[:, None] & (pair < HALF)[None, :]
+    from_ptr = q_source_ptr + (head * stride_source_head)[:, None]
+    to_ptr = q_pe_ptr + (head * stride_q_head)[:, None]
+    turned = _turn(from_ptr, first[None, :], second[None, :], cos[None, :], sin[None, :], mask, TURNS)
+    _store_pair(to_ptr, first[None, :], second[None, :], turned, mask)
 
 
 @triton.jit(do_not_specialize=["eps", "pages", "table_rows", "heads"])
@@ -171,18 +188,17 @@ def write_latent_kernel(
         scale = 1.0
         if kv_scale_ptr is not None:
             scale = tl.load(kv_scale_ptr)
-        row_ptr = rows_ptr
         if rows_ptr is not None:
-            row_ptr = rows_ptr + token * stride_rows
+            rows_ptr += token * stride_rows
         _write_latent(
-            kv_latent_ptr, kv_group_ptr, row_ptr, c_kv_ptr + token * stride_c_kv, norm_weight_ptr, eps, scale,
+            kv_latent_ptr, kv_group_ptr, rows_ptr, c_kv_ptr + token * stride_c_kv, norm_weight_ptr, eps, scale,
             page * stride_kv_page + place * stride_kv_slot, page * stride_group_page + place * stride_group_slot,
             is_stored, LATENT, PADDED, FLOAT8,
         )  # fmt: skip
         if k_pe_ptr is not None:
             turned = _turn(k_pe_ptr + token * stride_k_pe, first, second, cos, sin, pair < HALF, TURNS)
             if rows_ptr is not None:
-                _store_pair(row_ptr + LATENT, first, second, turned, pair < HALF)
+                _store_pair(rows_ptr + LATENT, first, second, turned, pair < HALF)
             kv_rope_ptr += page * stride_rope_page + place * stride_rope_slot
             kept = pair < tl.where(is_stored, HALF, 0)
             if kv_group_ptr is None:
@@ -190,9 +206,7 @@ def write_latent_kernel(
                 turned = _to_cache(turned[0], scale, FLOAT8, dtype), _to_cache(turned[1], scale, FLOAT8, dtype)
             _store_pair(kv_rope_ptr, first, second, turned, kept)
     elif q_pe_ptr is not None:
-        head = (tl.program_id(1) - 1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
-        mask = (head < heads) & (pair < HALF)[None, :]
-        first, second = first[None, :], second[None, :]
-        source_ptr = q_source_ptr + token * stride_source_token + head.to(tl.int64) * stride_source_head
-        turned = _turn(source_ptr, first, second, cos[None, :], sin[None, :], mask, TURNS)
-        _store_pair(q_pe_ptr + token * stride_q_token + head.to(tl.int64) * stride_q_head, first, second, turned, mask)
+        _rotate_heads(
+            q_source_ptr + token * stride_source_token, q_pe_ptr + token * stride_q_token, stride_source_head,
+            stride_q_head, heads, cos, sin, PADDED_HALF, HALF, INTERLEAVED, BLOCK_HEADS, TURNS,
+        )  # fmt: skip
