@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, PrefillInputs, PrefillRunner, Runner
+from portable_mla.cache_format import dequantise_rows
 from portable_mla.metadata import DecodeMetadata, Needs, PagedBatch
 from portable_mla.shape import Phase, Request
 
@@ -28,15 +29,8 @@ class _CpuBackend:
         return ()
 
     def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
-        cache_format = request.shape.cache_format
-        checks = (
-            (request.arch.vendor == "cpu", f"needs a CPU, got {request.arch.name}"),
-            (
-                request.phase is Phase.prefill or not cache_format.quantised,
-                f"needs a bf16, fp16 or fp32 cache, got {cache_format.name}",
-            ),
-        )
-        return tuple(reason for holds, reason in checks if not holds) + request.unstated()
+        reasons = () if request.arch.vendor == "cpu" else (f"needs a CPU, got {request.arch.name}",)
+        return reasons + request.unstated()
 
     def needs(self, request: Request) -> Needs:
         return Needs()
@@ -134,16 +128,17 @@ class CpuRunner:
     def run(
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
     ) -> None:
-        assert kv_scale is None, "refused by dispatch"
         out.zero_()
         lse.fill_(-torch.inf)
         for slab in self._slabs:
-            slab_out, slab_lse = self._attend(slab, inputs, softmax_scale)
+            slab_out, slab_lse = self._attend(slab, inputs, softmax_scale, kv_scale)
             tokens = slab.tokens[slab.has_token]
             out[tokens] = slab_out[slab.has_token].to(out.dtype)
             lse[tokens] = slab_lse[slab.has_token]
 
-    def _attend(self, slab: _Slab, inputs: DecodeInputs, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, slab: _Slab, inputs: DecodeInputs, softmax_scale: float, kv_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """out [requests, query_len, heads, latent] and lse [requests, query_len, heads], both float32."""
         requests, query_len = slab.tokens.shape
         heads, latent_dim = self._shape.heads, self._shape.latent_dim
@@ -153,7 +148,7 @@ class CpuRunner:
         chunk = self._chunk_pages * self._shape.page_size
         for start in range(0, int(slab.kv_lens[0]), chunk):
             n = slab.active(start)
-            rows = self._gather(slab, inputs.kv_cache, start, n)
+            rows = self._gather(slab, inputs.kv_cache, kv_scale, start, n)
             scores = torch.bmm(q[:n], rows.transpose(1, 2))
             position = torch.arange(start, start + rows.shape[1])
             if start + rows.shape[1] > int(last_seen[:n].min()) + 1:
@@ -162,11 +157,13 @@ class CpuRunner:
         out, lse = softmax.results()
         return out.view(requests, query_len, heads, latent_dim), lse.view(requests, query_len, heads)
 
-    def _gather(self, slab: _Slab, cache: Tensor, start: int, n: int) -> Tensor:
+    def _gather(self, slab: _Slab, cache: Tensor, kv_scale: Tensor | None, start: int, n: int) -> Tensor:
         """[n, tokens, latent + rope] float32: the chunk at `start` of the first n requests, zero past their ends."""
         first = start // self._shape.page_size
         pages = slab.pages[:n, first : first + self._chunk_pages]
-        rows = cache.index_select(0, pages.reshape(-1)).float().view(n, -1, self._shape.qk_dim)
+        stored = cache.index_select(0, pages.reshape(-1))
+        rows = dequantise_rows(stored, self._shape.cache_format, kv_scale, torch.float32)
+        rows = rows.view(n, -1, self._shape.qk_dim)
         if start + rows.shape[1] > int(slab.kv_lens[n - 1]):
             position = torch.arange(start, start + rows.shape[1])
             rows.masked_fill_((position >= slab.kv_lens[:n, None])[..., None], 0.0)

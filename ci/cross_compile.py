@@ -25,6 +25,7 @@ from portable_mla.backends.triton.runner import TritonRunner, plan_shape
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.backends.vendor.step import finish_constants, prepare_constants
 from portable_mla.backends.vendor.step_kernels import finish_rows_kernel, prepare_step_kernel
+from portable_mla.cache_format import CacheFormat
 from portable_mla.device import Arch
 from portable_mla.merge import merge_constants
 from portable_mla.merge_kernels import merge_kernel
@@ -88,6 +89,10 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True, small:
     types = _default_types(decode_kernel)
     types |= {name: "i32!" for name in types if name.startswith(("stride_q", "stride_kv", "stride_out"))}
     types |= dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), f"*{dtype}!")
+    if request.shape.cache_format.quantised:
+        types["kv_ptr"] = cache_type(request)
+    if not request.shape.cache_format.needs_scale:
+        constants["kv_scale_ptr"] = None
     types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
     types["softmax_scale"] = "fp32"
@@ -101,6 +106,14 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True, small:
     if small:
         types |= {name: f"{kind}<" for name, kind in types.items() if kind.startswith("*")}
     return _compile(decode_kernel, request.arch, types, constants)
+
+
+def cache_type(request: Request) -> str:
+    """Pointer to an fp8 cache as the decode kernel reads it: to bytes, unless all is fp8 and the hardware converts."""
+    shape = request.shape
+    if shape.cache_format is CacheFormat.fp8_656 or not request.arch.converts(shape.cache_format.dtype):
+        return "*u8!"
+    return "*fp8e4b8!" if shape.cache_format is CacheFormat.fp8_e4m3fnuz else "*fp8e4nv!"
 
 
 def compile_gluon(request: Request) -> Any:

@@ -38,6 +38,11 @@ class CacheFormat(Enum):
         return self.dtype.itemsize == 1
 
     @property
+    def float8(self) -> torch.dtype | None:
+        """The flavour of the values of a quantised format."""
+        return torch.float8_e4m3fn if self is CacheFormat.fp8_656 else self.dtype if self.quantised else None
+
+    @property
     def needs_scale(self) -> bool:
         """Whether the call must carry a per-tensor `kv_scale` (fp8_656 carries its scales in each row)."""
         return self.quantised and self is not CacheFormat.fp8_656

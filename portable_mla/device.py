@@ -34,6 +34,10 @@ class Arch:
             return None
         return torch.float8_e4m3fnuz if self.name == "gfx942" else torch.float8_e4m3fn
 
+    def converts(self, float8: torch.dtype) -> bool:
+        """Whether there are instructions that convert this flavour to wider floats."""
+        return float8 == self.float8 and self.name not in ("sm80", "sm86", "gfx90a")
+
 
 # Units are those of the usual part: A100, A6000, L40S, H100, B200, B300, RTX PRO 6000, GB10, one MI250X die, MI300X,
 # MI355X.

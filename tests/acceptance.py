@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs
 from portable_mla.backends import reference
 from portable_mla.cache_format import cache_format_of, dequantise_rows
 from tests.cases import Problem
@@ -42,8 +41,9 @@ class Errors:
 def check(problem: Problem, out: Tensor, lse: Tensor) -> Errors:
     """Assert the rule and return the errors. Computes golden itself, after the kernel ran."""
     golden, golden_lse = reference.decode(
-        problem.inputs, problem.batch, latent_dim=problem.latent_dim, softmax_scale=problem.softmax_scale
-    )
+        problem.inputs, problem.batch, latent_dim=problem.latent_dim, softmax_scale=problem.softmax_scale,
+        kv_scale=problem.kv_scale,
+    )  # fmt: skip
     return compare(problem, out, lse, golden, golden_lse)
 
 
@@ -97,7 +97,7 @@ def emulate(problem: Problem) -> Tensor:
     out = torch.zeros(*q.shape[:2], problem.latent_dim, dtype=torch.float32, device=q.device)
     start = 0
     for request, (kv_len, query_len) in enumerate(zip(problem.kv_lens, problem.query_lens, strict=True)):
-        rows = logical_rows(problem.inputs, batch.block_table[request], kv_len)
+        rows = logical_rows(problem, batch.block_table[request], kv_len)
         tokens = slice(start, start + query_len)
         start += query_len
         if kv_len and query_len:
@@ -134,19 +134,19 @@ def emulate_softmax(scores: Tensor, values: Tensor, dtype: torch.dtype, *, causa
     return acc / total.masked_fill(total == 0, 1.0)[..., None]
 
 
-def logical_rows(inputs: DecodeInputs, table: Tensor, kv_len: int) -> Tensor:
+def logical_rows(problem: Problem, table: Tensor, kv_len: int) -> Tensor:
     """[kv_len, latent + rope]: one request's rows in order, dequantised to float32 where the cache is quantised."""
-    cache = inputs.kv_cache
+    cache = problem.kv_cache
     pages = table[: math.ceil(kv_len / cache.shape[1])].long()
     rows = cache[pages].reshape(-1, cache.shape[2])[:kv_len]
     cache_format = cache_format_of(cache.dtype)
-    return dequantise_rows(rows, cache_format, None, torch.float32) if cache_format.quantised else rows
+    return dequantise_rows(rows, cache_format, problem.kv_scale, torch.float32) if cache_format.quantised else rows
 
 
 def value_rms(problem: Problem) -> float:
     """RMS of the latent part of every valid row."""
     rows = [
-        logical_rows(problem.inputs, problem.batch.block_table[request], kv_len)[:, : problem.latent_dim]
+        logical_rows(problem, problem.batch.block_table[request], kv_len)[:, : problem.latent_dim]
         for request, kv_len in enumerate(problem.kv_lens)
     ]
     return float(torch.cat(rows).double().square().mean().sqrt())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from portable_mla import PagedBatch
 from portable_mla.backend import DecodeInputs
+from portable_mla.cache_format import CacheFormat, quantise_rows
 
 UNREAD_CELL = 2**31 - 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,6 +31,7 @@ class Case:
     rope_dim: int = 64
     page_size: int = 16
     dtype: str = "bf16"
+    cache: str = ""  # name of a quantised CacheFormat; "": dtype's own
     query_lens: tuple[int, ...] | None = None
     max_query_len: int = 1
     content: str = "iid"
@@ -63,6 +65,7 @@ class Problem:
     kv_lens: tuple[int, ...]
     query_lens: tuple[int, ...]
     allowance: float = 1.0  # times the mean error that a backend is allowed
+    kv_scale: Tensor | None = None
 
     @property
     def inputs(self) -> DecodeInputs:
@@ -131,9 +134,14 @@ def build(case: Case, device: torch.device | str = "cpu") -> Problem:
     ragged = None if case.query_lens is None else torch.tensor(query_lens, dtype=torch.int32, device=device)
     batch = PagedBatch(table.to(device), lens, ragged, case.max_query_len)
     scale = 0.125 if case.content in EXACT else dim**-0.5 * 1.35  # not 1/sqrt(d): a wrong default must show
+    stored, kv_scale = cache.to(dtype), None
+    if case.cache:
+        kv_scale = torch.tensor((0.03, 1.0, 7.0)[case.seed % 3] / 64) if CacheFormat[case.cache].needs_scale else None
+        stored = quantise_rows(cache, CacheFormat[case.cache], kv_scale)
     return Problem(
-        q.to(device, dtype), cache.to(device, dtype), batch, case.latent_dim, scale, case.kv_lens, tuple(query_lens)
-    )
+        q.to(device, dtype), stored.to(device), batch, case.latent_dim, scale, case.kv_lens, tuple(query_lens),
+        None if kv_scale is None else kv_scale.to(device),
+    )  # fmt: skip
 
 
 def _garbage(case: Case, shape: tuple[int, ...]) -> Tensor:

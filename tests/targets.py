@@ -62,7 +62,7 @@ class Target:
     def request(self, problem: Problem, *, deterministic: bool = False) -> Request:
         """What dispatch is asked."""
         arguments = DecodeArguments(
-            problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
+            problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale, problem.kv_scale
         )
         return replace(arguments.request(deterministic), arch=self.arch)
 
@@ -91,6 +91,7 @@ class Target:
             batch.kv_lens,
             softmax_scale=problem.softmax_scale,
             latent_dim=problem.latent_dim,
+            kv_scale=problem.kv_scale,
             query_lens=batch.query_lens,
             max_query_len=batch.max_query_len,
             deterministic=deterministic,
@@ -116,8 +117,9 @@ class Target:
     def golden(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The reference's float64 answer."""
         return reference.decode(
-            problem.inputs, problem.batch, latent_dim=problem.latent_dim, softmax_scale=problem.softmax_scale
-        )
+            problem.inputs, problem.batch, latent_dim=problem.latent_dim, softmax_scale=problem.softmax_scale,
+            kv_scale=problem.kv_scale,
+        )  # fmt: skip
 
 
 def run_bound(backend_name: str, request: Request, problem: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ def run_bound(backend_name: str, request: Request, problem: Problem, out: Tensor
         capacity, request.shape.page_size, backend.needs(request), Status.allocate(problem.q.device)
     )  # fmt: skip
     runner.plan(buffers.update(problem.batch, capacity.max_pages))
-    runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
+    runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale, kv_scale=problem.kv_scale)
     return out, lse
 
 

@@ -50,12 +50,16 @@ class TritonBackend:
         shape = request.shape
         geometry = (shape.latent_dim, shape.rope_dim)
         known = ", ".join(f"{latent}+{rope}" for latent, rope in GEOMETRIES)
-        formats = (CacheFormat.bf16, CacheFormat.fp16)
+        cache_format, flavour = shape.cache_format, request.arch.float8
         planned = request.capacity.max_batch * request.max_query_len
         return (
             (request.arch.name in self.rules, f"needs tile rules, {request.arch.name} has none"),
             (geometry in GEOMETRIES, f"needs latent+rope of {known}, got {geometry[0]}+{geometry[1]}"),
-            (shape.cache_format in formats, f"needs a bf16 or fp16 cache, got {shape.cache_format.name}"),
+            (cache_format is not CacheFormat.fp32, f"needs a bf16, fp16 or fp8 cache, got {cache_format.name}"),
+            (
+                not cache_format.needs_scale or cache_format.dtype == flavour,
+                f"needs an fp8 cache of {flavour}, got {cache_format.name}",
+            ),
             (shape.q_dtype in HALF_DTYPES, f"needs bf16 or fp16 queries, got {shape.q_dtype}"),
             (shape.heads <= MAX_HEADS, f"needs at most {MAX_HEADS} heads, got {shape.heads}"),
             (
@@ -101,7 +105,10 @@ class TritonBackend:
         shape = request.shape
         rows = shape.heads * (1 if request.deterministic else request.max_query_len)
         return choose_tile(
-            self.rules[request.arch.name], TileRequest(rows, shape.latent_dim, shape.rope_dim, shape.page_size)
+            self.rules[request.arch.name],
+            TileRequest(
+                rows, shape.latent_dim, shape.rope_dim, shape.page_size, quantised=shape.cache_format.quantised
+            ),
         )
 
     def prefill_tile(self, request: Request) -> PrefillTile:

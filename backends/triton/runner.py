@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,6 +14,7 @@ from portable_mla.backends.triton.backend import MAX_QUERY_LEN
 from portable_mla.backends.triton.combine import Combine, Partials
 from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.tile import Tile, amd_options, count_parts, query_block, row_tiles
+from portable_mla.cache_format import CacheFormat
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.metadata.split_plan import PlanShape
@@ -40,6 +42,16 @@ def plan_shape(request: Request, tile: Tile) -> PlanShape:
     )
 
 
+def float8_conversion(request: Request) -> str | None:
+    """Who converts the values of an fp8 cache: "hardware", or arithmetic, which is told their flavour."""
+    dtype = request.shape.cache_format.float8
+    if dtype is None:
+        return None
+    if request.arch.converts(dtype):
+        return "hardware"
+    return "e4m3fnuz" if dtype == torch.float8_e4m3fnuz else "e4m3"
+
+
 class TritonRunner:
     """Decode with partial results at stable addresses; `run` allocates no device memory and never syncs.
 
@@ -48,6 +60,7 @@ class TritonRunner:
 
     def __init__(self, request: Request, tile: Tile) -> None:
         self._shape, self._tile, self._amd = request.shape, tile, request.arch.vendor == "amd"
+        self._float8 = float8_conversion(request)
         self.plan_shape = plan_shape(request, tile)
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._grid = (self.plan_shape.parts * row_tiles(self._rows, tile),)
@@ -78,18 +91,17 @@ class TritonRunner:
     ) -> None:
         """Two launches: split decode, and the combine that also defines rows without work."""
         assert self._metadata is not None and self._partials is not None, "run before plan"
-        assert kv_scale is None, "refused by dispatch"
-        q, cache, plan = inputs.q, inputs.kv_cache, self._metadata.split_plan
+        q, cache, plan = inputs.q, self._as_read(inputs.kv_cache), self._metadata.split_plan
         assert plan is not None, "asked for in needs()"
         latent_desc, rope_desc = self._descriptors(cache)
         decode = self._launches["pointer" if latent_desc is None else "descriptor"]
         results = (*out.stride()[:2], *lse.stride())
         strides = (*q.stride()[:2], *cache.stride()[:2], *results)
-        key = (q.device.index, strides, alignment(q, cache, out, lse))
+        key = (q.device.index, strides, alignment(q, cache, kv_scale, out, lse))
         self.combine.ready(key, q.shape[0])  # a capture must not begin with a decode whose combine it cannot take
         decode(
             key, self._grid,
-            q, cache, latent_desc, rope_desc, plan.table_header, plan.part_indptr, plan.items, out, lse,
+            q, cache, kv_scale, latent_desc, rope_desc, plan.table_header, plan.part_indptr, plan.items, out, lse,
             *self._partials, self._metadata.status.words, softmax_scale, q.shape[0], cache.shape[0], self._rows,
             *strides,
         )  # fmt: skip
@@ -101,6 +113,11 @@ class TritonRunner:
             "descriptor": KernelLaunch(decode_kernel, self.decode_constants("descriptor") | options),
             "pointer": KernelLaunch(decode_kernel, self.decode_constants("pointer") | options),
         }
+
+    def _as_read(self, cache: Tensor) -> Tensor:
+        """The cache as the kernel reads it: bytes, where no instruction converts its fp8."""
+        is_bits = self._shape.cache_format.quantised and self._float8 != "hardware"
+        return cache.view(torch.uint8) if is_bits else cache
 
     def _descriptors(self, cache: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
         """Descriptors of the latent and the rope columns, made anew for each call: a kept one would outlive the cache.
@@ -126,5 +143,6 @@ class TritonRunner:
             "HEADS": shape.heads, "LATENT": shape.latent_dim, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
             "ROW_TILES": row_tiles(self._rows, tile), "BLOCK_H": tile.block_h, "BLOCK_N": tile.block_n,
             "NUM_STAGES": tile.num_stages, "DESCRIPTORS": tile.loads == "descriptor", "NUM_XCDS": tile.num_xcds,
+            "FLOAT8": self._float8, "GROUPED": shape.cache_format is CacheFormat.fp8_656,
             "num_warps": tile.num_warps, "num_stages": tile.num_stages, **(amd_options(tile) if self._amd else {}),
         }  # fmt: skip

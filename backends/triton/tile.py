@@ -44,10 +44,11 @@ class TileRequest:
     latent_dim: int
     rope_dim: int
     page_size: int
+    quantised: bool = False
 
     def whole_tiles(self, block_n: int) -> bool:
-        """Whether tiles of block_n positions never cross a page, as descriptor loads need."""
-        return self.page_size % block_n == 0
+        """Whether tiles of block_n positions never cross a page, as descriptor loads need; fp8 is never loaded so."""
+        return not self.quantised and self.page_size % block_n == 0
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ MANY_PARTS = replace(WIDE, programs_per_unit=8)  # many splits on the few units 
 def request_of(problem: Problem, arch: str, units: int) -> Request:
     """The tightest request that the problem fits, on an architecture with so many SMs or CUs."""
     arguments = DecodeArguments(
-        problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale
+        problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale, problem.kv_scale
     )  # fmt: skip
     return replace(arguments.request(deterministic=False), arch=replace(ARCHS[arch], units=units))
 
@@ -46,14 +46,14 @@ def decode(problem: Problem, runner: TritonRunner, status: Status | None = None)
     status = status or Status.allocate(q.device)
     buffers = DecodeBuffers(capacity, problem.kv_cache.shape[1], Needs(split_plan=shape), status)
     runner.plan(buffers.update(problem.batch, pages))
-    runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
+    runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale, kv_scale=problem.kv_scale)
     return out, lse
 
 
-def solve_with_tile(case: Case, tile: Tile, units: int) -> Errors:
+def solve_with_tile(case: Case, tile: Tile, units: int, arch: str = "sm90") -> Errors:
     """Decode with this tile and hold the result to the acceptance rule."""
     problem = build(case)
-    return check(problem, *decode(problem, TritonRunner(request_of(problem, "sm90", units), tile)))
+    return check(problem, *decode(problem, TritonRunner(request_of(problem, arch, units), tile)))
 
 
 def solve_as(arch: str, case: Case, units: int) -> Errors:
