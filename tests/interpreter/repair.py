@@ -1,7 +1,7 @@
 """Repairs of Triton's interpreter, for tests alone.
 
-It computes bfloat16 arithmetic on raw bit patterns and truncates where the hardware rounds to nearest even; its 3.6
-cannot loop up to a loaded bound with numpy 2.4.
+It computes bfloat16 arithmetic on raw bit patterns and truncates where the hardware rounds to nearest even; it reads
+fp8's NaN as a number and does not know e4m3fnuz; its 3.6 cannot loop up to a loaded bound with numpy 2.4.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 
 Handle = Any  # interpreter.TensorHandle: `data`, a numpy array, and `dtype`, Triton's
+FLOAT8 = {"fp8e4nv": torch.float8_e4m3fn, "fp8e4b8": torch.float8_e4m3fnuz}
 Patch = tuple[object, str, object, object]  # owner, attribute, as Triton has it, repaired
 Builder = interpreter.InterpreterBuilder
 
@@ -76,6 +78,36 @@ def _repaired_conversion(original: Callable[..., Any]) -> Callable[..., Any]:
     return convert_float
 
 
+def _repaired_float8(original: Callable[..., Any]) -> Callable[..., Any]:
+    """From fp8 to wider floats, which hold every value of it."""
+
+    def convert_float(values: NDArray[Any], source: Any, target: Any, rounding: Any) -> NDArray[Any]:
+        if str(source) not in FLOAT8:
+            converted: NDArray[Any] = original(values, source, target, rounding)
+            return converted
+        bits = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8))
+        wide = bits.view(FLOAT8[str(source)]).float().numpy()
+        if str(target) == "bf16":
+            return bfloat16_bits(wide)
+        return wide.astype(np.float16).view(np.uint16) if str(target) == "fp16" else wide.view(np.uint32)
+
+    return convert_float
+
+
+def _repaired_language(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton replaces how a type is found anew for each launch."""
+
+    def patch_language(language: Any, *rest: Any) -> Any:
+        result = original(language, *rest)
+        to_ir = language.dtype.to_ir
+        language.dtype.to_ir = lambda self, builder: (
+            builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else to_ir(self, builder)
+        )
+        return result
+
+    return patch_language
+
+
 def _repaired_tensor_patch(original: Callable[..., Any]) -> Callable[..., Any]:
     """Triton sets `__index__` anew for each launch, and takes it back afterwards."""
 
@@ -99,6 +131,10 @@ REPAIRS: dict[str, tuple[Patch, ...]] = {
         _patch(Builder, "unary_op", _repaired_operator),
     ),
     "rounding": (_patch(interpreter, "_convert_float", _repaired_conversion),),
+    "fp8": (
+        _patch(interpreter, "_patch_lang_core", _repaired_language),
+        _patch(interpreter, "_convert_float", lambda original: _repaired_float8(_repaired_conversion(original))),
+    ),
     "loop bounds": (_patch(interpreter, "_patch_lang_tensor", _repaired_tensor_patch),),
 }
 
