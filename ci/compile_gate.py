@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 import triton
 
+from ci.cache_variants import fp8_requests, write_variants
 from ci.cross_compile import (
     Resources,
     compile_combine,
@@ -73,7 +74,7 @@ def shares_a_table(arch: str) -> bool:
 
 def decode_request(arch: str, tile: TileRequest, dtype: torch.dtype = torch.bfloat16) -> Request:
     """A request of one query token for each of `rows` heads."""
-    cache_format = CacheFormat.bf16 if dtype == torch.bfloat16 else CacheFormat.fp16
+    cache_format = tile.cache_format if dtype == torch.bfloat16 else CacheFormat.fp16
     shape = MLAShape(tile.rows, tile.latent_dim, tile.rope_dim, tile.page_size, dtype, cache_format)
     capacity = Capacity(
         max_batch=64, max_query_tokens=64, max_query_len=1, max_context=4096, max_pages=1 << 16, cache_bytes=1 << 30
@@ -84,6 +85,8 @@ def decode_request(arch: str, tile: TileRequest, dtype: torch.dtype = torch.bflo
 def decode_job(arch: str, request: TileRequest, kind: str = "") -> tuple[str, Job]:
     """kind: "fp16", "unaligned" (the way out of a descriptor rule), or how the rule loads."""
     tile = rule_of(arch, request).tile
+    if request.cache_format.quantised:
+        kind = request.cache_format.name
     kind = kind or ("gather" if request.page_size % tile.block_n else tile.loads)
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
     name = f"decode {request.latent_dim}+{request.rope_dim} {tile.name} {kind}"
@@ -141,6 +144,7 @@ def variants(arch: str) -> dict[str, Job]:
     jobs += [decode_job(arch, TileRequest(rows, *geometry, 64)) for geometry in narrower for rows in (16, 128)]
     descriptor = [request for request in by_rule if rule_of(arch, request).tile.loads == "descriptor"]
     jobs += [decode_job(arch, request, "unaligned") for request in descriptor]
+    jobs += [decode_job(arch, request) for request in fp8_requests(arch)]
     most = TileRequest(128, *GEOMETRIES[0], 64)
     jobs.append(decode_job(arch, most, "fp16"))
     tile, request = rule_of(arch, most).tile, decode_request(arch, most)
@@ -161,7 +165,9 @@ def variants(arch: str) -> dict[str, Job]:
             (f"combine {kind} dependent", functools.partial(compile_combine, request, kind, dependent=True))
             for kind in COMBINES
         ]
-    return dict(jobs) | prefill_variants(arch)  # rules that differ in their plans alone share a kernel, and its name
+    return (
+        dict(jobs) | write_variants(arch) | prefill_variants(arch)
+    )  # rules that differ in their plans alone share a kernel, and its name
 
 
 def compile_all(archs: Sequence[str], workers: int, only: str = "") -> dict[str, Used]:

@@ -26,6 +26,7 @@ from portable_mla.backends.triton.tile import Tile
 from portable_mla.backends.vendor.step import finish_constants, prepare_constants
 from portable_mla.backends.vendor.step_kernels import finish_rows_kernel, prepare_step_kernel
 from portable_mla.cache_format import CacheFormat
+from portable_mla.cache_write_kernels import write_latent_kernel
 from portable_mla.device import Arch
 from portable_mla.merge import merge_constants
 from portable_mla.merge_kernels import merge_kernel
@@ -34,6 +35,7 @@ from portable_mla.metadata.ragged_kernels import write_ragged_kernel
 from portable_mla.metadata.split_kernels import plan_splits_kernel
 from portable_mla.metadata.split_plan import plan_constants
 from portable_mla.shape import Request
+from portable_mla.write_launch import write_constants
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MATRIX_SASS = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
@@ -215,6 +217,21 @@ def compile_plan(request: Request, tile: Tile) -> Resources:
     """The kernel that plans the splits, for a ragged batch without positions of its own."""
     constants = plan_constants(plan_shape(request, tile), request.shape.page_size) | {"positions_ptr": None}
     return _compile(plan_splits_kernel, request.arch, _index_types(plan_splits_kernel), constants)
+
+
+def compile_write(request: Request) -> Resources:
+    """The kernel that writes rows, with all of its inputs but for the unquantised copy."""
+    shape = request.shape
+    constants = write_constants(shape.page_size, shape.latent_dim, shape.rope_dim, True, shape.cache_format)
+    dtype, stored = f"*{DTYPES[shape.q_dtype]}!", "*u8!" if shape.cache_format.quantised else "*bf16!"
+    types = _index_types(write_latent_kernel) | {"cos_sin_ptr": "*fp32!", "kv_scale_ptr": "*fp32!", "eps": "fp32"}
+    types |= dict.fromkeys(("c_kv_ptr", "k_pe_ptr", "norm_weight_ptr", "q_source_ptr", "q_pe_ptr"), dtype)
+    types |= {"kv_latent_ptr": stored, "kv_rope_ptr": stored if shape.cache_format.needs_scale else "*bf16!"}
+    types["kv_group_ptr"] = "*fp32!"
+    grouped = shape.cache_format is CacheFormat.fp8_656
+    constants |= {"rows_ptr": None} | ({} if grouped else {"kv_group_ptr": None})
+    constants |= {} if shape.cache_format.needs_scale else {"kv_scale_ptr": None}
+    return _compile(write_latent_kernel, request.arch, types, constants)
 
 
 def compile_ragged(request: Request) -> Resources:

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="needs the package triton")
 
 from ci import compile_gate as gate
+from ci.cache_variants import fp8_requests
 from ci.cross_compile import Resources
 from portable_mla.backends.amd import tiles as amd_tiles
 from portable_mla.backends.nvidia import tiles as nvidia_tiles
@@ -73,7 +74,7 @@ def test_recorded_budgets_read_back_as_they_were_and_other_versions_stay(tmp_pat
 
 @pytest.mark.parametrize("arch", gate.RULES)
 def test_every_request_has_a_rule_and_every_rule_a_request(arch: str) -> None:
-    used = set()
+    used = {gate.rule_of(arch, request) for request in fp8_requests(arch)}
     for rows, page_size, geometry in itertools.product(range(1, MAX_HEADS * MAX_QUERY_LEN + 1), PAGE_SIZES, GEOMETRIES):
         request = TileRequest(rows, *geometry, page_size)
         rule = gate.rule_of(arch, request)
@@ -103,12 +104,12 @@ def test_every_prefill_geometry_has_a_rule_and_is_compiled_and_every_rule_has_a_
 
 @pytest.mark.parametrize("arch", gate.RULES)
 def test_the_gate_compiles_every_rule_geometry_and_dtype(arch: str) -> None:
-    compiled = gate.rule_requests(arch)
+    compiled = [*gate.rule_requests(arch), *fp8_requests(arch)]
     assert {gate.rule_of(arch, request) for request in compiled} == set(gate.RULES[arch])
     names = list(gate.variants(arch))
     for latent_dim, rope_dim in GEOMETRIES:
         assert any(name.startswith(f"decode {latent_dim}+{rope_dim} ") for name in names)
-    for ending in (" fp16", "spread", "rows", "grouped", "plan"):
+    for ending in (" fp16", " fp8_656", "write bf16", "spread", "rows", "grouped", "plan"):
         assert any(name.endswith(ending) for name in names)
 
 

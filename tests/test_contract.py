@@ -194,7 +194,7 @@ def test_m12_outputs_lie_between_the_values_seen(target: Target, case: Case) -> 
     out, _ = target.run(problem)
     token = 0
     for request, (kv_len, query_len) in enumerate(zip(problem.kv_lens, problem.query_lens, strict=True)):
-        rows = acceptance.logical_rows(problem.inputs, problem.batch.block_table[request], kv_len)
+        rows = acceptance.logical_rows(problem, problem.batch.block_table[request], kv_len)
         mine = out[token : token + query_len]
         token += query_len
         for index in range(query_len):
@@ -211,7 +211,7 @@ def test_m12_outputs_lie_between_the_values_seen(target: Target, case: Case) -> 
 def test_m13_a_single_token_is_returned_bit_for_bit(target: Target, case: Case) -> None:
     problem = accepted(target, replace(case, kv_lens=(1,) * len(case.kv_lens)))
     out, lse = target.run(problem)
-    rows = torch.stack([acceptance.logical_rows(problem.inputs, row, 1)[0] for row in problem.batch.block_table])
+    rows = torch.stack([acceptance.logical_rows(problem, row, 1)[0] for row in problem.batch.block_table])
     assert torch.equal(out, rows[:, None, : problem.latent_dim].expand_as(out))
     logit = torch.einsum("bhd,bd->bh", problem.q.double(), rows.double()) * problem.softmax_scale
     assert ((lse - logit).abs() <= 1e-4 + 2e-6 * logit.abs()).all()

@@ -53,8 +53,8 @@ def test_explain_takes_the_heads_of_a_rank_in_place_of_the_models() -> None:
 
 
 def test_explain_asks_for_a_quantised_cache() -> None:
-    result = invoke("explain", "--arch", "cpu", "--cache-format", "fp8_656")
-    assert "cpu: refused: needs a bf16, fp16 or fp32 cache, got fp8_656" in result.stdout
+    result = invoke("explain", "--arch", "sm90", "--cache-format", "fp8_656")
+    assert "gluon: refused: needs a bf16 or fp16 cache, got fp8_656" in result.stdout
 
 
 @pytest.mark.parametrize("arch", ["gfx1200", "sm75", "mps", "sm999", "riscv"])

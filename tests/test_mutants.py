@@ -89,7 +89,7 @@ def bfloat16_accumulator(problem: Problem) -> Result:
     """Sums the values in bfloat16, chunk by chunk."""
     out, lse = torch.zeros_like(CPU.run(problem)[0]), CPU.run(problem)[1]
     for request, kv_len in enumerate(problem.kv_lens):
-        rows = acceptance.logical_rows(problem.inputs, problem.batch.block_table[request], kv_len)
+        rows = acceptance.logical_rows(problem, problem.batch.block_table[request], kv_len)
         scores = torch.einsum("hd,kd->hk", problem.q[request].float(), rows.float()) * problem.softmax_scale
         weights = torch.exp(scores - lse[request][:, None]).to(out.dtype)
         for lo in range(0, kv_len, 64):

@@ -6,10 +6,12 @@ bf16, page 64, at (batch, heads, context).
 """
 
 from portable_mla.backends.triton.prefill_tile import PrefillRule, PrefillRules, PrefillTile, when_prefill
-from portable_mla.backends.triton.tile import DecodeRules, Rule, Tile, when
+from portable_mla.backends.triton.tile import FP8, GROUPED, DecodeRules, Rule, Tile, when
 
 # mma.sync, 99 KB of shared memory: the tile of Q and two or three tiles of K
 _SM89 = (
+    # 254 regs, 91 KB, 68 HMMA; 32x32 spills 307 times in the loop, its scales beside two row tiles
+    Rule(when(formats=GROUPED), Tile(16, 32, 4, 3)),
     # 255 regs, 74 KB, 136 HMMA. Forced on an H100, (128, 128, 4096): 1322 us; 16x32 1551, 32x16 2447
     Rule(when(latent_above=256, rows_above=16), Tile(32, 32, 4, 2)),
     # 186 regs, 91 KB, 68 HMMA; 3.9: 189
@@ -29,6 +31,8 @@ _SM89 = (
 )
 # mma.sync, 163 KB
 _SM80 = (
+    # 32x32 spills 203 times in the loop
+    Rule(when(formats=GROUPED), Tile(16, 32, 4, 3)),
     # 255 regs, 8 B, 148 KB, 208 HMMA; 3.9: 255, 8 B
     Rule(when(latent_above=256, rows_above=32), Tile(64, 32, 8, 3)),
     # 228 regs, 146 KB, 104 HMMA; 3.9: 218
@@ -50,6 +54,10 @@ _SM80 = (
 )
 # wgmma from 64 rows on, mma.sync below; 227 KB
 _SM90 = (
+    # 255 regs, 149 KB, 74 HGMMA; 32x64 spills 216 times in the loop, 32x32 203, 64x64 5
+    Rule(when(formats=GROUPED, rows_above=16), Tile(64, 32, 8, 3)),
+    # 255 regs, 108 KB, 136 HMMA; 64x64 spills 69 times in the loop, 64x32 50
+    Rule(when(formats=FP8, latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
     # 255 regs, 24 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B. Predicted 542 us at (128, 128, 4096), measured 534; 64x32 took
     # 648, 32x64 784, 16x32 957. Branching around the mask of whole tiles was predicted to gain 10 % (it stops the two
     # warpgroups from scoring twice) and lost 3 %: the weights then cross shared memory. Dropped
@@ -84,6 +92,8 @@ _SM90 = (
 )
 # 227 KB; mma.sync on purpose: pipelined tcgen05 tiles of 64 rows spill hundreds of bytes inside the loop
 _SM100 = (
+    # 254 regs, 164 KB, 68 HMMA; 32x64 spills 222 times in the loop
+    Rule(when(formats=GROUPED), Tile(16, 64, 8, 3)),
     # 212 regs, 184 KB, 136 HMMA; 3.9: 212
     Rule(when(latent_above=256, rows_above=16, whole_tiles=64), Tile(32, 64, 8, 3, "descriptor")),
     # 194 regs, 184 KB, 136 HMMA; 3.9: 194

@@ -106,9 +106,7 @@ class TritonBackend:
         rows = shape.heads * (1 if request.deterministic else request.max_query_len)
         return choose_tile(
             self.rules[request.arch.name],
-            TileRequest(
-                rows, shape.latent_dim, shape.rope_dim, shape.page_size, quantised=shape.cache_format.quantised
-            ),
+            TileRequest(rows, shape.latent_dim, shape.rope_dim, shape.page_size, shape.cache_format),
         )
 
     def prefill_tile(self, request: Request) -> PrefillTile:

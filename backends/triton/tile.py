@@ -1,8 +1,10 @@
 """Tile: how one decode launch is shaped on one GPU. Rule: when a tile is used. First match wins."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
+
+from portable_mla.cache_format import CacheFormat
 
 Asked = TypeVar("Asked")
 Shape = TypeVar("Shape")
@@ -44,11 +46,11 @@ class TileRequest:
     latent_dim: int
     rope_dim: int
     page_size: int
-    quantised: bool = False
+    cache_format: CacheFormat = CacheFormat.bf16
 
     def whole_tiles(self, block_n: int) -> bool:
         """Whether tiles of block_n positions never cross a page, as descriptor loads need; fp8 is never loaded so."""
-        return not self.quantised and self.page_size % block_n == 0
+        return not self.cache_format.quantised and self.page_size % block_n == 0
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,20 @@ class Rule(Generic[Asked, Shape]):
     tile: Shape
 
 
+FP8 = tuple(cache_format for cache_format in CacheFormat if cache_format.quantised)
+GROUPED = (CacheFormat.fp8_656,)  # whose scales are applied to each tile in registers
 DecodeRules = Sequence[Rule[TileRequest, Tile]]
 
 
-def when(*, rows_above: int = 0, latent_above: int = 0, whole_tiles: int = 0) -> Callable[[TileRequest], bool]:
-    """A rule's condition: more rows than, a latent wider than, and pages that tiles of this length never cross."""
+def when(
+    *, rows_above: int = 0, latent_above: int = 0, whole_tiles: int = 0, formats: Collection[CacheFormat] = CacheFormat
+) -> Callable[[TileRequest], bool]:
+    """A rule's condition: more rows than, a latent wider than, pages that tiles of this length never cross, and one of
+    these formats."""
 
     def matches(request: TileRequest) -> bool:
         wide = request.rows > rows_above and request.latent_dim > latent_above
-        return wide and (whole_tiles == 0 or request.whole_tiles(whole_tiles))
+        return wide and request.cache_format in formats and (whole_tiles == 0 or request.whole_tiles(whole_tiles))
 
     return matches
 
