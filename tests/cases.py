@@ -31,7 +31,6 @@ class Case:
     rope_dim: int = 64
     page_size: int = 16
     dtype: str = "bf16"
-    cache: str = ""  # name of a quantised CacheFormat; "": dtype's own
     query_lens: tuple[int, ...] | None = None
     max_query_len: int = 1
     content: str = "iid"
@@ -39,6 +38,7 @@ class Case:
     padding: int = 0
     spare_columns: int = 1
     seed: int = 0
+    cache: str = ""  # name of a quantised CacheFormat; "": dtype's own
 
     def repro(self) -> str:
         """A command that runs this case alone."""
