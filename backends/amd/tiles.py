@@ -1,4 +1,4 @@
-"""Decode and prefill tiles of AMD Instinct GPUs, none of which spills on Triton 3.6.0.
+"""Decode and prefill tiles of AMD Instinct GPUs, none of which spills on Triton 3.6.0, but for fp8.
 
 Comments: vector registers (of 512), LDS KB on gfx942 for the widest geometry of the row (Triton 3.6.0).
 """
@@ -6,7 +6,7 @@ Comments: vector registers (of 512), LDS KB on gfx942 for the widest geometry of
 from dataclasses import replace
 
 from portable_mla.backends.triton.prefill_tile import PrefillRule, PrefillRules, PrefillTile, when_prefill
-from portable_mla.backends.triton.tile import DecodeRules, Rule, Tile, when
+from portable_mla.backends.triton.tile import FP8, GROUPED, DecodeRules, Rule, Tile, when
 
 _WIDE = Tile(64, 32, 4, 1, waves_per_eu=1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 _MIDDLE = replace(_WIDE, block_h=32, num_stages=2)
@@ -23,6 +23,8 @@ _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 # 64 rows on gfx950 with two stages: 9 / 83 spilled on 3.6, none on 3.9; 64x64 spills in the loop on both. Dropped.
 # 64 KiB of LDS
 _GFX942 = (
+    # 490 regs, 36 KB; 64x32 spills 62 times in the loop
+    Rule(when(formats=GROUPED, rows_above=32), _MIDDLE),
     # 455 regs, 64 KB, 136 16x16x16_bf16; 3.9: 371
     Rule(when(latent_above=256, rows_above=32), _WIDE),
     # 437 regs, 38 KB, 208 16x16x16_bf16; 3.9: 371
@@ -43,7 +45,13 @@ _GFX942 = (
     Rule(when(), replace(_SMALL, block_n=64, programs_per_unit=2)),
 )
 # 160 KiB of LDS; kpack has no effect
-_GFX950 = tuple(Rule(rule.when, replace(rule.tile, kpack=1)) for rule in _GFX942)
+_GFX950 = (
+    # 512 regs, 17 spilled outside the loop, 20 KB; 32x32 spills 8 times in it
+    Rule(when(formats=GROUPED), replace(_NARROW, kpack=1)),
+    # 397 regs, 32 KB; 64x32 spills 4 times in the loop
+    Rule(when(formats=FP8, latent_above=256, rows_above=32), replace(_MIDDLE, kpack=1)),
+    *(Rule(rule.when, replace(rule.tile, kpack=1)) for rule in _GFX942[1:]),
+)
 # one L2 for all compute units of a die
 _GFX90A = tuple(Rule(rule.when, replace(rule.tile, kpack=1, num_xcds=1)) for rule in _GFX942)
 RULES: dict[str, DecodeRules] = {"gfx90a": _GFX90A, "gfx942": _GFX942, "gfx950": _GFX950}

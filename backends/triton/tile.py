@@ -67,7 +67,11 @@ DecodeRules = Sequence[Rule[TileRequest, Tile]]
 
 
 def when(
-    *, rows_above: int = 0, latent_above: int = 0, whole_tiles: int = 0, formats: Collection[CacheFormat] = CacheFormat
+    *,
+    rows_above: int = 0,
+    latent_above: int = 0,
+    whole_tiles: int = 0,
+    formats: Collection[CacheFormat] = tuple(CacheFormat),
 ) -> Callable[[TileRequest], bool]:
     """A rule's condition: more rows than, a latent wider than, pages that tiles of this length never cross, and one of
     these formats."""

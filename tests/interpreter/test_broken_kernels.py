@@ -25,7 +25,7 @@ MANY_ROWS = Case((300, 200), 64, **SMALL)  # more than the one token that one un
 
 @dataclass(frozen=True)
 class Mutant:
-    """One line of a kernel module, and what it becomes."""
+    """One line of a kernel module, and what it becomes. arch: whose conversion of fp8 it goes through."""
 
     module: ModuleType
     line: str
@@ -33,6 +33,7 @@ class Mutant:
     case: Case = LONG
     tile: Tile = TILE
     units: int = 6
+    arch: str = "sm90"
 
     def write(self, folder: Path) -> ModuleType:
         """The broken module, in a file, because the interpreter reads sources."""
@@ -55,6 +56,8 @@ LAUNCHES = {
     split_kernels: (split_plan, "plan_splits_kernel"),
 }
 NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None]", "acc = acc * 1.0")
+SCALED = Case((100, 40), 16, **SMALL, cache="fp8_e4m3")
+GROUPED = Case((100, 40), 16, cache="fp8_656", seed=1)
 MUTANTS = {
     "the last token is dropped": Mutant(
         decode_kernels,
@@ -81,6 +84,19 @@ MUTANTS = {
         combine_kernels, "slots = slot_hi - first", "slots = slot_hi - first - 1"
     ),
     "combine writes the base-2 logarithm": Mutant(combine_kernels, "tl.log2(total)) * LN_2", "tl.log2(total))"),
+    "the scale is not in the scores": Mutant(
+        decode_kernels, "softmax_scale *= tl.load(kv_scale_ptr)", "softmax_scale *= 1.0", SCALED
+    ),
+    "the scale is not in the output": Mutant(decode_kernels, "acc *= tl.load(kv_scale_ptr)", "acc *= 1.0", SCALED),
+    "fp8 bits are read with the other bias": Mutant(
+        decode_kernels, 'FLOAT8 == "e4m3fnuz")', 'FLOAT8 == "e4m3")', SCALED, arch="sm80"
+    ),
+    "no group has its scale": Mutant(
+        decode_kernels, "valid, 0, LATENT // GROUP)", "valid, 0, LATENT // GROUP) * 0 + 1.0", GROUPED
+    ),
+    "rope is read where the scales are": Mutant(
+        decode_kernels, "(kv_ptr + LATENT + LATENT // GROUP * 4)", "(kv_ptr + LATENT)", GROUPED
+    ),
     "the plan drops a tile at each cut": Mutant(
         split_kernels, "(part + 1) * share - origin)", "(part + 1) * share - origin - 1)"
     ),
@@ -98,10 +114,10 @@ def launches_anew() -> Iterator[None]:
 @pytest.mark.usefixtures("launches_anew")
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_a_broken_kernel_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    solve_with_tile(mutant.case, mutant.tile, mutant.units)
+    solve_with_tile(mutant.case, mutant.tile, mutant.units, mutant.arch)
     user, kernel = LAUNCHES[mutant.module]
     split_plan._launch.cache_clear()
     monkeypatch.setattr(user, kernel, getattr(mutant.write(tmp_path), kernel))
     with pytest.raises(AssertionError, match="^(out|lse)") as caught:
-        solve_with_tile(mutant.case, mutant.tile, mutant.units)
+        solve_with_tile(mutant.case, mutant.tile, mutant.units, mutant.arch)
     print(caught.value)

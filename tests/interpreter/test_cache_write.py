@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from portable_mla import CacheFormat, cache_write_kernels, write_launch
 from portable_mla.cache_format import to_float8
 from portable_mla.cache_write import write_in_torch
 from portable_mla.metadata import Limits, Status
 from portable_mla.write_launch import launch_write
 from tests.interpreter.round_trip_kernels import round_trip_kernel
+from tests.interpreter.test_broken_kernels import Mutant
 from tests.write_cases import CASES, WriteCase, written_bytes
 
 FLAVOURS = {"e4m3": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
@@ -79,3 +82,35 @@ def test_a_query_is_rotated_into_another_tensor_and_its_source_stays() -> None:
     assert torch.equal(target[..., 512:], one.q_pe)
     assert torch.equal(source, before)
     assert not target[..., :512].any()
+
+
+BROKEN = {
+    "the norm forgets its weight": ("latent * factor * weight", "latent * factor"),
+    "the norm forgets its factor": ("latent * factor * weight", "latent * weight"),
+    "eps is left out": ("tl.sqrt(mean + eps)", "tl.sqrt(mean)"),
+    "it turns the wrong way": ("one * cos - other * sin,", "one * cos + other * sin,"),
+    "half and interleaved are exchanged": ("return pair, 2 * pair, 2 * pair + 1", "return pair, pair, pair + HALF"),
+    "the row is one too far": ("page, place = slot // PAGE_SIZE,", "page, place = (slot + 1) // PAGE_SIZE,"),
+    "the last head is left out": ("(head < heads)", "(head < heads - 1)"),
+    "a group's scale is rounded down": (
+        "(tl.maximum(bits, SMALLEST_SCALE) + 0x7FFFFF)",
+        "tl.maximum(bits, SMALLEST_SCALE)",
+    ),
+    "the scale multiplies": ("tl.div_rn(values, scale + tl.zeros_like(values))", "(values * scale)"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_broken_kernel_is_caught(broken: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernel = Mutant(cache_write_kernels, *broken).write(tmp_path).write_latent_kernel
+    write_launch._launch.cache_clear()
+    monkeypatch.setattr(cache_write_kernels, "write_latent_kernel", kernel)
+    differ = False
+    for case in (WriteCase(), WriteCase(CacheFormat.fp8_e4m3, scale=0.5), WriteCase(CacheFormat.fp8_656)):
+        expected, got = case.build(), case.build()
+        write_in_torch(expected)
+        launch_write(got)
+        results = written_bytes(got)
+        differ |= any(not torch.equal(results[name], bits) for name, bits in written_bytes(expected).items())
+    write_launch._launch.cache_clear()
+    assert differ
