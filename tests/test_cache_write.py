@@ -73,9 +73,9 @@ def test_what_is_written_is_attended_to_and_the_error_of_the_format_is_published
 @pytest.mark.parametrize("cache", ["fp8_e4m3", "fp8_e4m3fnuz", "fp8_656"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_decode_over_fp8_is_within_the_acceptance_rule(target: Target, cache: str, dtype: str) -> None:
-    lens, queries = (100, 7, 33, 0), {"query_lens": (1, 2, 3, 0), "max_query_len": 3}
+    lens = (100, 7, 33, 0)
     for case in (
-        Case(lens, 12, dtype=dtype, cache=cache, seed=0, **queries),
+        Case(lens, 12, dtype=dtype, cache=cache, query_lens=(1, 2, 3, 0), max_query_len=3),
         Case((700, 64), 16, dtype=dtype, cache=cache, seed=1, content="needle", garbage="hot", page_size=64),
         Case((400,), 40, dtype=dtype, cache=cache, seed=2, page_size=1),
     ):

@@ -35,7 +35,17 @@ LAYERS = (
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-BACKENDS_MAY_IMPORT = {"device", "shape", "cache_format", "metadata", "backend", "errors", "launch", "packages"}
+BACKENDS_MAY_IMPORT = {
+    "device",
+    "shape",
+    "cache_format",
+    "metadata",
+    "backend",
+    "errors",
+    "launch",
+    "packages",
+    "float8_kernels",
+}
 SHARED = ("triton", "vendor")  # folders of backends that the others may import
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from portable_mla.backends.triton.program_kernels import grouped_program_id
 from portable_mla.float8_kernels import float8_values
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 from portable_mla.metadata.status_kernels import QUERY_TOKENS, report_fault
@@ -11,19 +12,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 GROUP = tl.constexpr(128)  # latent values of one scale in fp8_656
 LN_2 = tl.constexpr(0.6931471805599453)
 START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never form inf - inf
-
-
-@triton.jit
-def grouped_program_id(NUM_XCDS: tl.constexpr):
-    """Program index under which neighbours share an L2: AMD deals consecutive workgroups over its XCDs in turn."""
-    pid = tl.program_id(0)
-    if NUM_XCDS == 1:
-        return pid
-    programs = tl.num_programs(0)
-    per_xcd = programs // NUM_XCDS
-    longer = programs % NUM_XCDS
-    xcd = pid % NUM_XCDS
-    return xcd * per_xcd + tl.minimum(xcd, longer) + pid // NUM_XCDS
 
 
 @triton.jit

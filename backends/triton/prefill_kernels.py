@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from portable_mla.backends.triton.decode_kernels import LN_2, LOG2_E, START_MAX, grouped_program_id
+from portable_mla.backends.triton.decode_kernels import LN_2, LOG2_E, START_MAX
+from portable_mla.backends.triton.program_kernels import grouped_program_id
 
 
 @triton.jit
