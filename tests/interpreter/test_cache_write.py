@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def test_fp8_is_rounded_and_read_as_torch_does(flavour: str) -> None:
     values = torch.cat([every, halfway, beside, special, torch.randn(2048 - 1100) * 20])
     values = torch.nn.functional.pad(values, (0, 2048 - len(values)))
     bits, wide = torch.empty(2048, dtype=torch.uint8), torch.empty(2048, dtype=torch.float16)
-    round_trip_kernel[(1,)](values, bits, wide, **{"COUNT": 2048, "FNUZ": flavour == "e4m3fnuz"})
+    constants: dict[str, Any] = {"COUNT": 2048, "FNUZ": flavour == "e4m3fnuz"}
+    round_trip_kernel[(1,)](values, bits, wide, **constants)
     expected = to_float8(values, dtype)
     assert torch.equal(bits, expected.view(torch.uint8))
     assert torch.equal(wide.float().nan_to_num(1e9), expected.float().nan_to_num(1e9))
