@@ -92,7 +92,7 @@ BROKEN = {
     "eps is left out": ("tl.sqrt(mean + eps)", "tl.sqrt(mean)"),
     "it turns the wrong way": ("one * cos - other * sin,", "one * cos + other * sin,"),
     "half and interleaved are exchanged": ("return pair, 2 * pair, 2 * pair + 1", "return pair, pair, pair + HALF"),
-    "the row is one too far": ("page, place = slot // PAGE_SIZE,", "page, place = (slot + 1) // PAGE_SIZE,"),
+    "the row is in the place of its neighbour": ("slot % PAGE_SIZE\n", "(slot ^ 1) % PAGE_SIZE\n"),
     "the last head is left out": ("(head < heads)", "(head < heads - 1)"),
     "a group's scale is rounded down": (
         "(tl.maximum(bits, SMALLEST_SCALE) + 0x7FFFFF)",
