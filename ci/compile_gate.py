@@ -57,7 +57,6 @@ Job = Callable[[], Resources]
 DecodeRule = Rule[TileRequest, Tile]
 Used = dict[str, Resources]  # by variant
 
-
 COMBINES = tuple(combine_tiles(latent_dim=512, wave=32))
 
 
@@ -172,14 +171,18 @@ def variants(arch: str) -> dict[str, Job]:
 
 def compile_all(archs: Sequence[str], workers: int, only: str = "") -> dict[str, Used]:
     """Resources of the architectures' variants with `only` in their names; says what it does as it goes."""
-    jobs = [(arch, name, job) for arch in archs for name, job in variants(arch).items() if only in name]
-    used: dict[str, Used] = {arch: {} for arch in archs}
+    return {arch: _compile_arch(arch, workers, only) for arch in archs}
+
+
+def _compile_arch(arch: str, workers: int, only: str) -> Used:
+    """In processes of its own: after gfx942's fp8, Triton 3.6.0 compiles gfx950's otherwise than alone."""
+    used: Used = {}
     with ProcessPoolExecutor(workers) as pool:
-        pending = {pool.submit(job): (arch, name) for arch, name, job in jobs}
+        pending = {pool.submit(job): name for name, job in variants(arch).items() if only in name}
         for done, future in enumerate(as_completed(pending), 1):
-            arch, name = pending[future]
-            found = used[arch][name] = future.result()
-            print(f"[{done}/{len(jobs)}] {arch} {name}: {described(found)}", file=sys.stderr, flush=True)
+            found = used[pending[future]] = future.result()
+            line = f"[{done}/{len(pending)}] {arch} {pending[future]}: {described(found)}"
+            print(line, file=sys.stderr, flush=True)
     return used
 
 
