@@ -56,7 +56,6 @@ SLACK_REGISTERS = 16  # growth over the budget that a patch release of the compi
 Job = Callable[[], Resources]
 DecodeRule = Rule[TileRequest, Tile]
 Used = dict[str, Resources]  # by variant
-
 COMBINES = tuple(combine_tiles(latent_dim=512, wave=32))
 
 
