@@ -18,6 +18,11 @@ from portable_mla.errors import GraphCaptureError as GraphCaptureError
 from portable_mla.errors import NoBackend as NoBackend
 from portable_mla.errors import PlanMismatch as PlanMismatch
 from portable_mla.errors import UnsupportedDevice as UnsupportedDevice
+from portable_mla.geometry import LayerGeometry as LayerGeometry
+from portable_mla.geometry import softmax_scale as softmax_scale
+from portable_mla.geometry import yarn_mscale as yarn_mscale
+from portable_mla.layer import MLALayer as MLALayer
+from portable_mla.layer_step import LayerStep as LayerStep
 from portable_mla.merge import merge_state as merge_state
 from portable_mla.merge import merge_states as merge_states
 from portable_mla.metadata import MixedSplit as MixedSplit

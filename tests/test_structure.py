@@ -16,12 +16,12 @@ from portable_mla.device import ARCHS
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
-    ("errors", "cache_format", "registry", "packages", "rope"),
+    ("errors", "cache_format", "registry", "packages", "rope", "absorption"),
     ("device",),
     ("launch",),
     ("shape", "settings"),
     ("metadata",),
-    ("backend", "models", "pages"),
+    ("backend", "models", "geometry", "pages"),
     ("dispatch", "cache", "arguments"),
     ("prefill_arguments", "write_arguments"),
     ("merge_kernels", "float8_kernels"),
@@ -31,7 +31,10 @@ LAYERS = (
     ("prefill", "context", "cache_write"),
     ("chunked_prefill", "attention"),
     ("mixed",),
+    ("layer_step",),
+    ("layer",),
     ("__init__",),
+    ("integrations",),
     ("cli",),
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,24 @@
+"""The absorbed form: W_UK taken into queries and W_UV applied to results, both parts of kv_b_proj's weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def split_up_projection(weight: Tensor, heads: int, nope_dim: int) -> tuple[Tensor, Tensor]:
+    """kv_b_proj's weight [heads * (nope + v_dim), latent] as W_UK [heads, nope, latent] and W_UV [heads, v_dim,
+    latent], two views."""
+    whole = weight.view(heads, -1, weight.shape[1])
+    return whole[:, :nope_dim], whole[:, nope_dim:]
+
+
+def absorb(q: Tensor, w_uk: Tensor) -> Tensor:
+    """q [tokens, heads, nope + rope] -> [tokens, heads, latent + rope], with W_UK taken into the query."""
+    q_nope, q_pe = q.split([w_uk.shape[1], q.shape[2] - w_uk.shape[1]], dim=2)
+    return torch.cat([torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1), q_pe], dim=2)
+
+
+def expand(out: Tensor, w_uv: Tensor) -> Tensor:
+    """out [tokens, heads, latent] -> [tokens, heads, v_dim]."""
+    return torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)

@@ -1,0 +1,215 @@
+"""MLALayer: one layer of Multi-head Latent Attention, from hidden states to hidden states over a paged latent cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from portable_mla.absorption import absorb, expand, split_up_projection
+from portable_mla.attention import MLAAttention
+from portable_mla.cache_write import write_latent
+from portable_mla.context import CachedContext
+from portable_mla.geometry import LayerGeometry
+from portable_mla.layer_step import LayerStep
+from portable_mla.mixed import MixedAttention
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean in float32 or wider."""
+
+    def __init__(self, width: int, eps: float, *, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] in any floating dtype."""
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class MLALayer(nn.Module):
+    """MLA with the parameter names of the Hugging Face modules, so that their checkpoints load as they are.
+
+        layer = MLALayer(geometry, dtype=torch.bfloat16, device="cuda")
+        layer.load_state_dict(attention_weights)
+        mixed.plan(batch, query_lens)                                  # once a step
+        step = LayerStep.of(mixed, batch, tokens, table)               # once a step
+        hidden = layer(hidden, cache[index], step)                     # once a layer
+
+    With an MLAAttention every token is attended to in the absorbed form; with a MixedAttention decodes are, and
+    prefills take the expanded form, after a cached context where the step says there is one. W_UK and W_UV are views of
+    kv_b_proj's weight; the dense copies that a cached context needs are made once, when first used: see `memory`.
+
+    tensor_parallel: ranks that share the heads. Rank `rank` holds its heads' rows of q_proj or q_b_proj and kv_b_proj
+    and columns of o_proj; load_state_dict takes the whole layer's weights or the rank's own. The output is then the
+    rank's part of a sum, which the caller reduces; o_proj's bias is rank 0's alone.
+    For inference: no gradient flows through it.
+    """
+
+    def __init__(
+        self,
+        geometry: LayerGeometry,
+        *,
+        rank: int = 0,
+        tensor_parallel: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= rank < tensor_parallel or geometry.heads % tensor_parallel:
+            raise ValueError(
+                f"rank, tensor_parallel: expected a rank below a divisor of {geometry.heads} heads, "
+                f"got {rank} and {tensor_parallel}"
+            )
+        self.geometry, self.rank, self.tensor_parallel = geometry, rank, tensor_parallel
+        self.heads = heads = geometry.heads // tensor_parallel
+        hidden, latent, qk_dim = geometry.hidden_size, geometry.latent_dim, geometry.nope_dim + geometry.rope_dim
+
+        def linear(width: int, out: int, *, bias: bool = False) -> nn.Linear:
+            return nn.Linear(width, out, bias=bias, dtype=dtype, device=device)
+
+        if geometry.q_lora_rank is None:
+            self.q_proj = linear(hidden, heads * qk_dim)
+        else:
+            self.q_a_proj = linear(hidden, geometry.q_lora_rank, bias=geometry.bias)
+            self.q_a_layernorm = RMSNorm(geometry.q_lora_rank, geometry.norm_eps, dtype=dtype, device=device)
+            self.q_b_proj = linear(geometry.q_lora_rank, heads * qk_dim)
+        self.kv_a_proj_with_mqa = linear(hidden, latent + geometry.rope_dim, bias=geometry.bias)
+        self.kv_a_layernorm = RMSNorm(latent, geometry.norm_eps, dtype=dtype, device=device)
+        self.kv_b_proj = linear(latent, heads * (geometry.nope_dim + geometry.v_dim))
+        self.o_proj = linear(heads * geometry.v_dim, hidden, bias=geometry.bias and rank == 0)
+        self._dense: tuple[tuple[object, ...], Tensor, Tensor] | None = None
+        nn.Module.register_load_state_dict_pre_hook(self, _take_own_heads)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, kv_cache: Tensor, step: LayerStep, *, kv_scale: Tensor | None = None) -> Tensor:
+        """hidden [tokens, hidden_size] -> [tokens, hidden_size]; writes the tokens' rows to kv_cache [pages, page_size,
+        row] first. Rows of padding are o_proj's bias, or 0. kv_scale: of an fp8 cache, one float32 value.
+
+        Raises ValueError for shapes that do not fit, and what the attention raises.
+        """
+        geometry, attention = self.geometry, step.attention
+        if hidden.dim() != 2 or hidden.shape[1] != geometry.hidden_size:
+            raise ValueError(f"hidden: expected [tokens, {geometry.hidden_size}], got {list(hidden.shape)}")
+        if step.slots.shape[0] != hidden.shape[0]:
+            raise ValueError(f"step: expected slots of {hidden.shape[0]} tokens, got {step.slots.shape[0]}")
+        if attention.request.shape.heads != self.heads:
+            raise ValueError(f"step: expected an attention of {self.heads} heads, got {attention.request.shape.heads}")
+        q = self._queries(hidden)
+        latent, k_pe = self._write(hidden, q, kv_cache, step, kv_scale)
+        if isinstance(attention, MLAAttention):
+            out = self._decode(attention, q, kv_cache, kv_scale)
+        else:
+            out = q.new_zeros(hidden.shape[0], self.heads, geometry.v_dim)
+            split = attention.split
+            out[split.decode_rows] = self._decode(attention.decodes, q[split.decode_rows], kv_cache, kv_scale)
+            new = split.prefill_rows
+            if split.prefill_requests:
+                context = self._context(step, kv_cache, kv_scale)
+                self._prefill(attention, q[new], latent[new], k_pe[new], context, out[new])
+        projected: Tensor = self.o_proj(out.flatten(1))
+        return projected
+
+    def _queries(self, hidden: Tensor) -> Tensor:
+        """[tokens, heads, nope + rope], not yet rotated."""
+        geometry = self.geometry
+        if geometry.q_lora_rank is None:
+            q = self.q_proj(hidden)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        q = q.unflatten(1, (self.heads, -1))
+        queries: Tensor = q if geometry.q_factor == 1 else q * geometry.q_factor
+        return queries
+
+    def _write(
+        self, hidden: Tensor, q: Tensor, kv_cache: Tensor, step: LayerStep, kv_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Store the tokens' rows and rotate q in place; returns latent [tokens, latent] and k_pe [tokens, rope]."""
+        geometry, attention = self.geometry, step.attention
+        decodes = attention if isinstance(attention, MLAAttention) else attention.decodes
+        rows = self.kv_a_proj_with_mqa(hidden)
+        latent, k_pe = rows.split([geometry.latent_dim, geometry.rope_dim], dim=1)
+        weight = self.kv_a_layernorm.weight
+        roped = geometry.rope_dim > 0
+        write_latent(
+            kv_cache, step.slots, latent, k_pe if roped else None,
+            norm_weight=weight if geometry.latent_factor == 1 else weight * geometry.latent_factor,
+            eps=geometry.norm_eps,
+            positions=step.positions if roped else None,
+            cos_sin=step.cos_sin if roped else None,
+            rope_layout=geometry.rope_layout,
+            q_pe=q[..., geometry.nope_dim :] if roped else None,
+            kv_scale=kv_scale,
+            rows_out=(stored := torch.empty_like(rows)),
+            status=decodes.status_words,
+        )  # fmt: skip
+        return stored[:, : geometry.latent_dim], stored[:, geometry.latent_dim :]
+
+    def up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK [heads, nope, latent] and W_UV [heads, v_dim, latent], views of kv_b_proj's weight."""
+        return split_up_projection(self.kv_b_proj.weight, self.heads, self.geometry.nope_dim)
+
+    def _decode(self, attention: MLAAttention, q: Tensor, kv_cache: Tensor, kv_scale: Tensor | None) -> Tensor:
+        """[tokens, heads, v_dim] in the absorbed form."""
+        w_uk, w_uv = self.up_projections()
+        absorbed = absorb(q, w_uk)
+        out, _ = attention(absorbed, kv_cache, softmax_scale=self.geometry.softmax_scale, kv_scale=kv_scale)
+        return expand(out, w_uv)
+
+    def _context(self, step: LayerStep, kv_cache: Tensor, kv_scale: Tensor | None) -> CachedContext | None:
+        """What the prefills have in the cache, where the step says that some have anything."""
+        if not step.longest_context:
+            return None
+        assert isinstance(step.attention, MixedAttention), "only mixed steps have prefills"
+        w_uk, w_uv = self._dense_projections()
+        return step.attention.context(kv_cache, w_uk, w_uv, max_len=step.longest_context, kv_scale=kv_scale)
+
+    def _prefill(
+        self,
+        attention: MixedAttention,
+        q: Tensor,
+        latent: Tensor,
+        k_pe: Tensor,
+        context: CachedContext | None,
+        out: Tensor,
+    ) -> None:
+        """Write the expanded form's result to out [tokens, heads, v_dim]."""
+        geometry = self.geometry
+        expanded = self.kv_b_proj(latent).unflatten(1, (self.heads, -1))
+        k_nope, v = expanded.split([geometry.nope_dim, geometry.v_dim], dim=2)
+        attention.prefill(q, k_nope, k_pe, v, out, softmax_scale=geometry.softmax_scale, context=context)
+
+    def _dense_projections(self) -> tuple[Tensor, Tensor]:
+        """Dense copies of both, made anew only when the weight changed."""
+        weight = self.kv_b_proj.weight
+        version = -1 if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version, weight.dtype, weight.device)
+        if self._dense is None or self._dense[0] != key:
+            w_uk, w_uv = self.up_projections()
+            self._dense = (key, w_uk.contiguous(), w_uv.contiguous())
+        return self._dense[1:]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: of the parameters, and of the up-projections' dense copies once a cached context needed them."""
+        dense = () if self._dense is None else self._dense[1:]
+        return {
+            "parameters": sum(parameter.nbytes for parameter in self.parameters()),
+            "dense up-projections": sum(copy.nbytes for copy in dense),
+        }
+
+
+def _take_own_heads(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Cut a whole layer's weights down to the rank's heads, before they are loaded."""
+    assert isinstance(module, MLALayer)
+    ranks, rank = module.tensor_parallel, module.rank
+    if ranks == 1:
+        return
+    for name, dim in (("q_proj", 0), ("q_b_proj", 0), ("kv_b_proj", 0), ("o_proj", 1)):
+        key = f"{prefix}{name}.weight"
+        if key in state and state[key].shape[dim] == ranks * getattr(module, name).weight.shape[dim]:
+            state[key] = state[key].chunk(ranks, dim=dim)[rank]
+    if rank:
+        state.pop(f"{prefix}o_proj.bias", None)
