@@ -1,0 +1,28 @@
+"""What a mask of transformers means: causal with left padding, or nothing that a paged cache could serve."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def padding_of(mask: Tensor, n: int, total: int) -> list[int]:
+    """Tokens of left padding of each request.
+
+    mask: [batch, 1, n, total], 0 or true where a query sees a key. Raises ValueError for one that is not causal with
+    left padding: a window, packed sequences, padding on the right. Waits for the device.
+    """
+    if tuple(mask.shape[1:]) != (1, n, total):
+        raise ValueError(f"attention_mask: expected [batch, 1, {n}, {total}], got {list(mask.shape)}")
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    padding = total - seen[:, -1].sum(-1)
+    key, query = torch.arange(total, device=mask.device), torch.arange(total - n, total, device=mask.device)
+    causal = (key >= padding[:, None, None]) & (key <= query[:, None])
+    real = query >= padding[:, None]
+    wrong = ((seen != causal).any(-1) & real).any(-1) | ~real[:, -1]
+    if bool(wrong.any()):
+        raise ValueError(
+            f"attention_mask: request {int(wrong.nonzero()[0])}: a LatentCache serves causal attention with padding on "
+            "the left alone; got a window, packed sequences, or padding elsewhere"
+        )
+    return padding.tolist()
