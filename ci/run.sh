@@ -59,6 +59,13 @@ setup() {
   install_once test,cli
 }
 
+# transformers is no need: without it, or without a network to fetch it, its tests skip and say so.
+want_transformers() {
+  if [[ $PY == "$VENV"/* ]]; then
+    (install_once transformers) || say "note: transformers could not be installed; its tests skip"
+  fi
+}
+
 has_everything() {
   local absent
   is_recent "$1" && absent=$(missing "$1" "${NEEDED[@]}" "${@:2}") && [[ -z $absent ]]
@@ -303,6 +310,7 @@ main() {
       ;;
     test)
       setup
+      want_transformers
       run_tests "${@:2}"
       ;;
     compile-newest)
@@ -315,6 +323,7 @@ main() {
       ;;
     demo)
       setup
+      if [[ " $* " == *" --hf "* ]]; then want_transformers; fi
       command_line demo "${@:2}"
       ;;
     emulate)

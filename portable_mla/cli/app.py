@@ -18,6 +18,7 @@ from portable_mla.cli import explain as explaining
 from portable_mla.cli.demo import Demo, DemoOptions
 from portable_mla.cli.doctor import diagnose
 from portable_mla.cli.figures import Figures
+from portable_mla.cli.hf_demo import run_hf
 from portable_mla.cli.report import FAILED, clear_refusals, show, show_json
 from portable_mla.device import ARCHS
 from portable_mla.models import MODELS
@@ -161,9 +162,19 @@ def demo(  # noqa: PLR0913 (one parameter an option)
     steps: Annotated[int | None, typer.Option(callback=POSITIVE, help="Most decode steps.")] = None,
     pages: Annotated[int | None, typer.Option(callback=POSITIVE, help="Pages in the pool.")] = None,
     seed: Annotated[int, typer.Option(callback=at_least(0), help="Of the random data.")] = 0,
+    hf: Annotated[
+        bool,
+        typer.Option(
+            "--hf",
+            help="Instead: a small DeepSeek-V3 of transformers, its attention against ours; --device and --seed.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Replay a serving trace with continuous batching, measure it and check it. Exits 1 on a wrong result."""
+    if hf:
+        _compare_hf(device, seed, as_json=as_json)
+        return
     options = DemoOptions(
         model, tensor_parallel, page_size, dtype, trace, device, backend, concurrency, layers, steps, pages, seed
     )
@@ -183,6 +194,17 @@ def demo(  # noqa: PLR0913 (one parameter an option)
             print(f"mismatch with the reference: {wrong}", file=sys.stderr)
         if not figures.pages_returned:
             print("pages: some were not returned to the pool", file=sys.stderr)
+        raise typer.Exit(FAILED)
+
+
+def _compare_hf(device: str | None, seed: int, *, as_json: bool) -> None:
+    with clear_refusals(as_json=as_json):
+        figures = run_hf(device, seed)
+    if as_json:
+        show_json(figures.facts | {"passed": figures.passed})
+    else:
+        show(figures.section())
+    if not figures.passed:
         raise typer.Exit(FAILED)
 
 

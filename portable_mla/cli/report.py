@@ -81,7 +81,7 @@ def clear_refusals(*, as_json: bool) -> Iterator[None]:
         yield
     except (NoBackend, CacheFull) as refusal:
         _stop(refusal, FAILED, as_json=as_json)
-    except (ValueError, TypeError, OSError) as refusal:
+    except (ValueError, TypeError, OSError, ImportError) as refusal:
         _stop(refusal, MISUSED, as_json=as_json)
 
 
