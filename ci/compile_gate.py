@@ -163,9 +163,8 @@ def variants(arch: str) -> dict[str, Job]:
             (f"combine {kind} dependent", functools.partial(compile_combine, request, kind, dependent=True))
             for kind in COMBINES
         ]
-    return (
-        dict(jobs) | write_variants(arch) | prefill_variants(arch)
-    )  # rules that differ in their plans alone share a kernel, and its name
+    # rules that differ in their plans alone share a kernel, and its name
+    return dict(jobs) | write_variants(arch) | prefill_variants(arch)
 
 
 def compile_all(archs: Sequence[str], workers: int, only: str = "") -> dict[str, Used]:

@@ -329,5 +329,6 @@ def test_the_stock_cache_holds_as_much_as_ours_uses() -> None:
     stock_cache, cache = DynamicCache(config=ours.config), integration.LatentCache(ours.config, pages=8, page_size=8)
     for kind in (stock_cache, cache):
         ours(ids, past_key_values=kind)
-    assert cache.memory()["in use"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in stock_cache.layers)
+    layers: list[Any] = stock_cache.layers
+    assert cache.memory()["in use"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert ours.config.vocab_size == VOCABULARY

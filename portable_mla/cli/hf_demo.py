@@ -128,7 +128,8 @@ def _model(device: str, seed: int) -> Any:
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return DeepseekV3ForCausalLM(config).to(device, dtype).eval()
+    model: Any = DeepseekV3ForCausalLM(config)
+    return model.to(device, dtype).eval()
 
 
 def _dynamic_cache(model: Any) -> Any:

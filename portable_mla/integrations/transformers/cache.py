@@ -52,8 +52,8 @@ class LatentLayer(CacheLayerMixin):
         """The cache allocates all layers at once, when the first attends."""
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[NewRows, Tensor]:
-        """Latents [batch, 1, n, latent] and rotated keys [batch, 1, n, rope] of new tokens, for `attend` to store."""
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Tensor]:
+        """NewRows of the latents [batch, 1, n, latent], which are still to be stored, and the rotated keys."""
         self.is_initialized = True
         self.seen += key_states.shape[2]
         return NewRows(self, key_states), value_states
@@ -233,7 +233,8 @@ class LatentCache(Cache):
             assert self._paged is not None, "requests have pages"
             self._paged.free(name)
         self._requests, self._planned, self._step = [], 0, None
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             layer.seen = 0
 
 
