@@ -19,6 +19,11 @@ def absorb(q: Tensor, w_uk: Tensor) -> Tensor:
     return torch.cat([torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1), q_pe], dim=2)
 
 
+def absorb_into(q_nope: Tensor, w_uk: Tensor, out: Tensor) -> None:
+    """Write q_nope [tokens, heads, nope], with W_UK taken into it, to out [tokens, heads, latent]."""
+    torch.bmm(q_nope.transpose(0, 1), w_uk, out=out.transpose(0, 1))
+
+
 def expand(out: Tensor, w_uv: Tensor) -> Tensor:
     """out [tokens, heads, latent] -> [tokens, heads, v_dim]."""
     return torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)

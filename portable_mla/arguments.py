@@ -128,11 +128,21 @@ def check_kv_scale(kv_scale: Tensor | None, cache_format: CacheFormat, arch: Arc
 
 
 def check_cache_row(kv_cache: Tensor, shape: MLAShape) -> None:
-    """The cache's rows have the width that its format gives the geometry."""
+    """The cache's rows have the width that its format gives the geometry, and stand where their parts can be read."""
+    check_cache_alignment(kv_cache, shape.cache_format)
     if kv_cache.shape[2] != shape.row_width:
         raise ValueError(
             f"kv_cache: expected rows of {shape.row_width} for {shape.latent_dim} latent + {shape.rope_dim} rope in "
             f"{shape.cache_format.name}, got {kv_cache.shape[2]}"
+        )
+
+
+def check_cache_alignment(kv_cache: Tensor, cache_format: CacheFormat) -> None:
+    """float32 scales and bfloat16 rope values in byte rows are aligned."""
+    steps = (kv_cache.storage_offset(), *kv_cache.stride()[:2])
+    if cache_format is CacheFormat.fp8_656 and any(step % 4 for step in steps):
+        raise ValueError(
+            f"kv_cache: fp8_656 needs an offset and strides that are multiples of 4, got {steps[0]} and {steps[1:]}"
         )
 
 

@@ -44,7 +44,7 @@ def write_latent(  # noqa: PLR0913 (the tensors and options of one write)
     wait for the device, and may be captured in a graph (give kv_scale as a tensor there).
 
     Args:
-        kv_cache: [pages, page_size, row] of a CacheFormat, any outer strides (multiples of 4 bytes for fp8_656).
+        kv_cache: [pages, page_size, row] of a CacheFormat, any outer strides (multiples of 4 for fp8_656).
             latent and rope are c_kv's and k_pe's widths.
         slots: [tokens] int32 or int64, any stride: page * page_size + offset of each token's row. -1 stores nothing,
             which is also the way to pad; q_pe and rows_out are written all the same. Two tokens must not share a slot.

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portable_mla.absorption import absorb, expand, split_up_projection
+from portable_mla.absorption import absorb, absorb_into, expand, split_up_projection
 from portable_mla.attention import MLAAttention
 from portable_mla.cache_write import write_latent
 from portable_mla.context import CachedContext
 from portable_mla.geometry import LayerGeometry
 from portable_mla.layer_step import LayerStep
 from portable_mla.mixed import MixedAttention
+from portable_mla.overlap import Fork
 
 
 class RMSNorm(nn.Module):
@@ -98,20 +99,54 @@ class MLALayer(nn.Module):
             raise ValueError(f"step: expected slots of {hidden.shape[0]} tokens, got {step.slots.shape[0]}")
         if attention.request.shape.heads != self.heads:
             raise ValueError(f"step: expected an attention of {self.heads} heads, got {attention.request.shape.heads}")
-        q = self._queries(hidden)
-        latent, k_pe = self._write(hidden, q, kv_cache, step, kv_scale)
         if isinstance(attention, MLAAttention):
-            out = self._decode(attention, q, kv_cache, kv_scale)
+            out = self._absorbed(attention, hidden, kv_cache, step, kv_scale)
         else:
-            out = q.new_zeros(hidden.shape[0], self.heads, geometry.v_dim)
-            split = attention.split
-            out[split.decode_rows] = self._decode(attention.decodes, q[split.decode_rows], kv_cache, kv_scale)
-            new = split.prefill_rows
-            if split.prefill_requests:
-                context = self._context(step, kv_cache, kv_scale)
-                self._prefill(attention, q[new], latent[new], k_pe[new], context, out[new])
+            out = self._mixed(attention, hidden, kv_cache, step, kv_scale)
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected
+
+    def _absorbed(
+        self, attention: MLAAttention, hidden: Tensor, kv_cache: Tensor, step: LayerStep, kv_scale: Tensor | None
+    ) -> Tensor:
+        """[tokens, heads, v_dim], all in the absorbed form. The rows and their store run beside the queries."""
+        geometry, latent = self.geometry, self.geometry.latent_dim
+        rows = hidden.new_empty(hidden.shape[0], latent + geometry.rope_dim)
+        absorbed = hidden.new_empty(hidden.shape[0], self.heads, latent + geometry.rope_dim)
+        w_uk, w_uv = self.up_projections()
+        with Fork(hidden.device, enabled=step.overlap) as fork:
+            with fork.beside():
+                linear_into(self.kv_a_proj_with_mqa, hidden, rows)
+            q_nope, q_pe = self._queries(hidden).split([geometry.nope_dim, geometry.rope_dim], dim=2)
+            with fork.beside():
+                self._write(rows, kv_cache, step, kv_scale, q_pe=q_pe, q_pe_out=absorbed[..., latent:])
+            absorb_into(q_nope, w_uk, absorbed[..., :latent])
+        out, _ = attention(absorbed, kv_cache, softmax_scale=geometry.softmax_scale, kv_scale=kv_scale)
+        return expand(out, w_uv)
+
+    def _mixed(
+        self, attention: MixedAttention, hidden: Tensor, kv_cache: Tensor, step: LayerStep, kv_scale: Tensor | None
+    ) -> Tensor:
+        """[tokens, heads, v_dim], decodes in the absorbed form and prefills in the expanded one."""
+        geometry, split = self.geometry, attention.split
+        rows = hidden.new_empty(hidden.shape[0], geometry.latent_dim + geometry.rope_dim)
+        with Fork(hidden.device, enabled=step.overlap) as fork:
+            with fork.beside():
+                linear_into(self.kv_a_proj_with_mqa, hidden, rows)
+            q = self._queries(hidden)
+        stored = torch.empty_like(rows)
+        self._write(rows, kv_cache, step, kv_scale, q_pe=q[..., geometry.nope_dim :], rows_out=stored)
+        out = q.new_zeros(hidden.shape[0], self.heads, geometry.v_dim)
+        w_uk, w_uv = self.up_projections()
+        decodes, _ = attention.decode(
+            absorb(q[split.decode_rows], w_uk), kv_cache, softmax_scale=geometry.softmax_scale, kv_scale=kv_scale
+        )
+        out[split.decode_rows] = expand(decodes, w_uv)
+        if split.prefill_requests:
+            new, context = split.prefill_rows, self._context(step, kv_cache, kv_scale)
+            latent, k_pe = stored[new].split([geometry.latent_dim, geometry.rope_dim], dim=1)
+            self._prefill(attention, q[new], latent, k_pe, context, out[new])
+        return out
 
     def _queries(self, hidden: Tensor) -> Tensor:
         """[tokens, heads, nope + rope], not yet rotated."""
@@ -125,15 +160,21 @@ class MLALayer(nn.Module):
         return queries
 
     def _write(
-        self, hidden: Tensor, q: Tensor, kv_cache: Tensor, step: LayerStep, kv_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Store the tokens' rows and rotate q in place; returns latent [tokens, latent] and k_pe [tokens, rope]."""
+        self,
+        rows: Tensor,
+        kv_cache: Tensor,
+        step: LayerStep,
+        kv_scale: Tensor | None,
+        *,
+        q_pe: Tensor,
+        q_pe_out: Tensor | None = None,
+        rows_out: Tensor | None = None,
+    ) -> None:
+        """Norm and rotate the tokens' rows [tokens, latent + rope] and store them; rotate q_pe."""
         geometry, attention = self.geometry, step.attention
         decodes = attention if isinstance(attention, MLAAttention) else attention.decodes
-        rows = self.kv_a_proj_with_mqa(hidden)
         latent, k_pe = rows.split([geometry.latent_dim, geometry.rope_dim], dim=1)
-        weight = self.kv_a_layernorm.weight
-        roped = geometry.rope_dim > 0
+        weight, roped = self.kv_a_layernorm.weight, geometry.rope_dim > 0
         write_latent(
             kv_cache, step.slots, latent, k_pe if roped else None,
             norm_weight=weight if geometry.latent_factor == 1 else weight * geometry.latent_factor,
@@ -141,23 +182,16 @@ class MLALayer(nn.Module):
             positions=step.positions if roped else None,
             cos_sin=step.cos_sin if roped else None,
             rope_layout=geometry.rope_layout,
-            q_pe=q[..., geometry.nope_dim :] if roped else None,
+            q_pe=q_pe if roped else None,
+            q_pe_out=q_pe_out if roped else None,
             kv_scale=kv_scale,
-            rows_out=(stored := torch.empty_like(rows)),
+            rows_out=rows_out,
             status=decodes.status_words,
         )  # fmt: skip
-        return stored[:, : geometry.latent_dim], stored[:, geometry.latent_dim :]
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [heads, nope, latent] and W_UV [heads, v_dim, latent], views of kv_b_proj's weight."""
         return split_up_projection(self.kv_b_proj.weight, self.heads, self.geometry.nope_dim)
-
-    def _decode(self, attention: MLAAttention, q: Tensor, kv_cache: Tensor, kv_scale: Tensor | None) -> Tensor:
-        """[tokens, heads, v_dim] in the absorbed form."""
-        w_uk, w_uv = self.up_projections()
-        absorbed = absorb(q, w_uk)
-        out, _ = attention(absorbed, kv_cache, softmax_scale=self.geometry.softmax_scale, kv_scale=kv_scale)
-        return expand(out, w_uv)
 
     def _context(self, step: LayerStep, kv_cache: Tensor, kv_scale: Tensor | None) -> CachedContext | None:
         """What the prefills have in the cache, where the step says that some have anything."""
@@ -199,6 +233,14 @@ class MLALayer(nn.Module):
             "parameters": sum(parameter.nbytes for parameter in self.parameters()),
             "dense up-projections": sum(copy.nbytes for copy in dense),
         }
+
+
+def linear_into(linear: nn.Linear, x: Tensor, out: Tensor) -> None:
+    """Write linear(x) of x [tokens, width] to out, which the caller allocated."""
+    if linear.bias is None:
+        torch.mm(x, linear.weight.T, out=out)
+    else:
+        torch.addmm(linear.bias, x, linear.weight.T, out=out)
 
 
 def _take_own_heads(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

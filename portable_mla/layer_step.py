@@ -10,6 +10,7 @@ from torch import Tensor
 from portable_mla.attention import MLAAttention
 from portable_mla.metadata import PagedBatch
 from portable_mla.mixed import MixedAttention
+from portable_mla.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class LayerStep:
 
     slots: [tokens] int64, `page * page_size + offset` of each new token, -1 for padding; positions: [tokens] int32 or
     int64, 0 for padding; cos_sin: `rope_table`, None without rope; longest_context: upper bound of what a prefill has
-    in the cache before its new tokens, 0 if none has any.
+    in the cache before its new tokens, 0 if none has any; overlap: a layer computes its queries beside its cache rows.
     """
 
     attention: MLAAttention | MixedAttention
@@ -26,17 +27,20 @@ class LayerStep:
     positions: Tensor
     cos_sin: Tensor | None
     longest_context: int = 0
+    overlap: bool = False
 
     @classmethod
     def of(
         cls, attention: MLAAttention | MixedAttention, batch: PagedBatch, tokens: int, cos_sin: Tensor | None,
-        *, longest_context: int = 0,
+        *, longest_context: int = 0, overlap: bool | None = None,
     ) -> LayerStep:  # fmt: skip
-        """From the batch that the attention was planned for and a `rope_table`; reads no length on the host."""
+        """From the batch that the attention was planned for and a `rope_table`; reads no length on the host. overlap:
+        PORTABLE_MLA_OVERLAP if unsaid."""
         slots, positions = token_places(batch, tokens, attention.request.shape.page_size)
         if batch.positions is not None:
             positions = batch.positions[:tokens]
-        return cls(attention, slots, positions, cos_sin, longest_context)
+        overlap = Settings.from_env().overlap if overlap is None else overlap
+        return cls(attention, slots, positions, cos_sin, longest_context, overlap)
 
 
 def token_places(batch: PagedBatch, tokens: int, page_size: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.arguments import check_dense, check_device, check_kv_scale
+from portable_mla.arguments import check_cache_alignment, check_dense, check_device, check_kv_scale
 from portable_mla.cache_format import CacheFormat, cache_format_of
 from portable_mla.device import arch_of
 from portable_mla.metadata.status import Fault
@@ -44,8 +44,7 @@ class WriteArguments:
         check_kv_scale(self.kv_scale, self.cache_format, arch_of(self.kv_cache.device))
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps: expected a finite number, at least 0, got {self.eps}")
-        if self.cache_format is CacheFormat.fp8_656 and any(stride % 4 for stride in self.kv_cache.stride()[:2]):
-            raise ValueError(f"kv_cache: fp8_656 needs strides that are multiples of 4, got {self.kv_cache.stride()}")
+        check_cache_alignment(self.kv_cache, self.cache_format)
 
     @property
     def cache_format(self) -> CacheFormat:
