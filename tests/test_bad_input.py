@@ -81,6 +81,12 @@ def test_q_of_an_unsupported_dtype(dtype: torch.dtype) -> None:
     refused(TypeError, "q: expected a dtype of torch.bfloat16, torch.float16", q=lambda q: q.to(dtype))
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_byte_rows_that_are_not_aligned(first: int) -> None:
+    cache = torch.zeros(3, 16, 658, dtype=torch.uint8)[..., first : first + 656]
+    refused(ValueError, "fp8_656 needs an offset and strides that are multiples of 4", kv_cache=lambda _: cache)
+
+
 def test_cache_of_an_unsupported_dtype() -> None:
     refused(TypeError, "kv_cache: expected a dtype of .*got torch.int8", kv_cache=lambda cache: cache.to(torch.int8))
 
