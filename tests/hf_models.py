@@ -66,8 +66,8 @@ YARN = {
 }
 
 
-def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A family's model with eager attention; two of one seed are equal. ImportError where there is no such family."""
+def tiny(family: str, device: str = "cpu", seed: int = 0, **changes: Any) -> Any:
+    """A family's float32 model, eager; two of one seed are equal. ImportError where there is no such family."""
     module: Any = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     model_class: Any
     (model_class,) = (
@@ -81,10 +81,10 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chang
     config = config_class(**{name: value for name, value in (_WIDTHS | changes).items() if name in known})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    return model_class(config).to(dtype).eval()
+    return model_class(config).float().to(device).eval()
 
 
-def left_padded(lens: tuple[int, ...] = (5, 11, 17)) -> tuple[Tensor, Tensor]:
+def left_padded(lens: tuple[int, ...] = (5, 11, 17), device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Random prompts and their mask, [requests, longest] int64."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.zeros(len(lens), max(lens), dtype=torch.long)
@@ -92,4 +92,4 @@ def left_padded(lens: tuple[int, ...] = (5, 11, 17)) -> tuple[Tensor, Tensor]:
     for row, length in enumerate(lens):
         ids[row, -length:] = torch.randint(1, VOCABULARY, (length,), generator=generator)
         mask[row, -length:] = 1
-    return ids, mask
+    return ids.to(device), mask.to(device)

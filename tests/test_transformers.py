@@ -41,6 +41,12 @@ from tests.hf_models import FAMILIES, SPARSE, VOCABULARY, YARN, left_padded, tin
 LOGITS = 2**-14  # largest difference, of the largest logit: float32 sums of another order through two layers
 
 
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    value: str = request.param
+    return value
+
+
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -50,17 +56,17 @@ def _no_gradients() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def model_of(family: str, **changes: Any) -> Any:
+def model_of(family: str, device: str = "cpu", **changes: Any) -> Any:
     """A tiny model, or a skip where the installed transformers has none."""
     try:
-        return tiny(family, **changes)
+        return tiny(family, device, **changes)
     except ImportError:
         pytest.skip(f"transformers {importlib.metadata.version('transformers')} has no {family}")
 
 
-def pair_of(family: str, **changes: Any) -> tuple[Any, Any]:
+def pair_of(family: str, device: str = "cpu", **changes: Any) -> tuple[Any, Any]:
     """Two equal models, the second one patched and verified."""
-    stock, ours = model_of(family, **changes), model_of(family, **changes)
+    stock, ours = model_of(family, device, **changes), model_of(family, device, **changes)
     integration.patch(ours)
     return stock, ours
 
@@ -80,9 +86,9 @@ def generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gives_its_own_logits_and_tokens(family: str) -> None:
-    stock, ours = pair_of(family)
-    ids, mask = left_padded()
+def test_every_family_gives_its_own_logits_and_tokens(family: str, device: str) -> None:
+    stock, ours = pair_of(family, device)
+    ids, mask = left_padded(device=device)
     wanted = generate(stock, ids, mask)
     cache = integration.LatentCache(ours.config, pages=24, page_size=4)
     for kind, got in (
@@ -103,9 +109,9 @@ def test_every_family_gives_its_own_logits_and_tokens(family: str) -> None:
 @pytest.mark.parametrize(
     "changes", [{"q_lora_rank": None}, {"rope_interleave": False}, {"rope_parameters": YARN}], ids=str
 )
-def test_the_kinds_of_deepseek_v3(changes: dict[str, Any]) -> None:
-    stock, ours = pair_of("deepseek_v3", **changes)
-    ids, mask = left_padded()
+def test_the_kinds_of_deepseek_v3(changes: dict[str, Any], device: str) -> None:
+    stock, ours = pair_of("deepseek_v3", device, **changes)
+    ids, mask = left_padded(device=device)
     wanted = generate(stock, ids, mask)
     got = generate(ours, ids, mask, past_key_values=integration.LatentCache(ours.config, pages=24, page_size=4))
     difference(torch.stack(got.logits), torch.stack(wanted.logits))
@@ -115,9 +121,9 @@ def test_the_kinds_of_deepseek_v3(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}], ids=str
 )
-def test_beam_search_and_a_static_cache(options: dict[str, Any]) -> None:
-    stock, ours = pair_of("deepseek_v3")
-    ids, mask = left_padded()
+def test_beam_search_and_a_static_cache(options: dict[str, Any], device: str) -> None:
+    stock, ours = pair_of("deepseek_v3", device)
+    ids, mask = left_padded(device=device)
     wanted = generate(stock, ids, mask, **options).sequences
     assert torch.equal(generate(ours, ids, mask, **options).sequences, wanted)
     if "num_beams" in options:
@@ -125,9 +131,9 @@ def test_beam_search_and_a_static_cache(options: dict[str, Any]) -> None:
         assert torch.equal(generate(ours, ids, mask, past_key_values=cache, **options).sequences, wanted)
 
 
-def test_a_prompt_in_chunks_gives_the_same_logits() -> None:
-    stock, ours = pair_of("deepseek_v3")
-    ids, _ = left_padded((17, 17))
+def test_a_prompt_in_chunks_gives_the_same_logits(device: str) -> None:
+    stock, ours = pair_of("deepseek_v3", device)
+    ids, _ = left_padded((17, 17), device)
     cache = integration.LatentCache(ours.config, pages=24, page_size=4)
     parts = [ours(part, past_key_values=cache).logits for part in ids.split([6, 10, 1], dim=1)]
     difference(torch.cat(parts, 1), stock(ids).logits)
@@ -137,8 +143,8 @@ def test_a_prompt_in_chunks_gives_the_same_logits() -> None:
     difference(ours(ids, past_key_values=cache).logits, stock(ids).logits)
 
 
-def test_continuous_batching_generates_what_generate_does() -> None:
-    stock, ours = pair_of("deepseek_v3")
+def test_continuous_batching_generates_what_generate_does(device: str) -> None:
+    stock, ours = pair_of("deepseek_v3", device)
     prompts = [[5, 9, 33, 8, 120], list(range(2, 19)), [7] * 9, list(range(40, 90))]
     before = ours.config.to_dict()
     with integration.continuous_batching(ours):
@@ -150,7 +156,7 @@ def test_continuous_batching_generates_what_generate_does() -> None:
         )
     got = {tuple(result.prompt_ids): list(result.generated_tokens) for result in results.values()}
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=device)
         assert (
             got[tuple(prompt)]
             == generate(stock, ids, torch.ones_like(ids), max_new_tokens=10).sequences[0, len(prompt) :].tolist()
@@ -181,9 +187,9 @@ def test_unpatching_leaves_no_trace() -> None:
         integration.unpatch(model)
 
 
-def test_gradients_are_those_of_the_model() -> None:
-    stock, ours = pair_of("deepseek_v3")
-    ids, _ = left_padded((17, 17))
+def test_gradients_are_those_of_the_model(device: str) -> None:
+    stock, ours = pair_of("deepseek_v3", device)
+    ids, _ = left_padded((17, 17), device)
     for model in (stock, ours):
         with torch.enable_grad():
             torch.autograd.backward(model(ids, labels=ids).loss)
@@ -194,13 +200,13 @@ def test_gradients_are_those_of_the_model() -> None:
             assert error <= 1e-4, f"{name}: gradients differ by {error:.1e}"
 
 
-def test_a_compiled_decode_is_one_graph() -> None:
-    stock, ours = pair_of("deepseek_v3")
-    ids, _ = left_padded((17, 17))
+def test_a_compiled_decode_is_one_graph(device: str) -> None:
+    stock, ours = pair_of("deepseek_v3", device)
+    ids, _ = left_padded((17, 17), device)
     caches = [StaticCache(config=stock.config, max_cache_len=32) for _ in range(2)]
     logits = stock(ids, past_key_values=caches[0]).logits
     ours(ids, past_key_values=caches[1])
-    token, position = logits[:, -1:].argmax(-1), torch.full((2, 1), 17)
+    token, position = logits[:, -1:].argmax(-1), torch.full((2, 1), 17, device=device)
     compiled: Any = torch.compile(ours.forward, fullgraph=True, dynamic=False, backend="aot_eager")
     got = compiled(token, position_ids=position, past_key_values=caches[1]).logits
     difference(got, stock(token, position_ids=position, past_key_values=caches[0]).logits)
@@ -323,9 +329,9 @@ def test_mlalayer_loads_a_module_and_is_it(family: str) -> None:
         assert module.scaling == pytest.approx(40**-0.5 * yarn_mscale(4.0) ** 2)
 
 
-def test_the_stock_cache_holds_as_much_as_ours_uses() -> None:
-    _, ours = pair_of("deepseek_v3")
-    ids, _ = left_padded((16, 16))
+def test_the_stock_cache_holds_as_much_as_ours_uses(device: str) -> None:
+    _, ours = pair_of("deepseek_v3", device)
+    ids, _ = left_padded((16, 16), device)
     stock_cache, cache = DynamicCache(config=ours.config), integration.LatentCache(ours.config, pages=8, page_size=8)
     for kind in (stock_cache, cache):
         ours(ids, past_key_values=kind)

@@ -51,6 +51,8 @@ def attend_paged(
     refuse_keywords({name: value for name, value in keywords.items() if name != "dropout"}, *_KNOWN)
     if keywords.get("dropout") or attention_mask is not None:
         raise NotImplementedError(f"{PAGED_NAME}: expected no dropout and no mask")
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(f"{PAGED_NAME}: a step's lengths are read on the host; pass use_cuda_graph=False")
     check_latents(module, key)
     scale = softmax_scale_of(module, scaling)
     group, index = cache.layer_index_to_group_indices[module.layer_idx]
