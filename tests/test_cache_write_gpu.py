@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ PAGE_SIZE, BEYOND = 64, 2**32 + 2**20  # bytes
 
 def on_gpu(call: WriteArguments) -> WriteArguments:
     """The same call, of tensors with the same strides."""
-    moved = {name: _moved(value) for name, value in vars(call).items() if isinstance(value, Tensor)}
+    moved: Any = {name: _moved(value) for name, value in vars(call).items() if isinstance(value, Tensor)}
     return replace(call, **moved)
 
 

@@ -296,7 +296,7 @@ def test_an_older_transformers_is_refused(version: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "longcat_flash", "minicpm3"])
 def test_mlalayer_loads_a_module_and_is_it(family: str) -> None:
-    changes = {"rope_parameters": YARN} if family == "deepseek_v3" else {}
+    changes: dict[str, Any] = {"rope_parameters": YARN} if family == "deepseek_v3" else {}
     model = model_of(family, **changes)
     module = next(iter(mla_modules(model).values()))
     geometry = LayerGeometry(
