@@ -33,7 +33,7 @@ class DecodeArguments:
         check_tensors(self.q, self.kv_cache)
         check_device("block_table", self.batch.block_table, self.kv_cache)
         check_scale("softmax_scale", self.softmax_scale)
-        check_kv_scale(self.kv_scale, cache_format_of(self.kv_cache.dtype), arch_of(self.q.device))
+        check_kv_scale(self.kv_scale, cache_format_of(self.kv_cache.dtype), arch_of(self.q.device), self.kv_cache)
         shape = self.shape
         if self.q.shape[2] != shape.qk_dim:
             raise ValueError(f"q: expected last dimension {shape.qk_dim}, got {self.q.shape[2]}")
@@ -107,8 +107,11 @@ def check_scale(name: str, scale: float) -> None:
         raise ValueError(f"{name}: expected a positive finite float, got {scale}")
 
 
-def check_kv_scale(kv_scale: Tensor | None, cache_format: CacheFormat, arch: Arch) -> None:
-    """A per-tensor scale is given exactly where the format needs one, and in a flavour that the part reads."""
+def check_kv_scale(
+    kv_scale: Tensor | None, cache_format: CacheFormat, arch: Arch, kv_cache: Tensor | None = None
+) -> None:
+    """A per-tensor scale is given exactly where the format needs one, on the cache's device where there is a cache, and
+    the format is of a flavour that the part reads."""
     if cache_format in (CacheFormat.fp8_e4m3, CacheFormat.fp8_e4m3fnuz) and arch.float8 not in (
         None,
         cache_format.dtype,
@@ -125,6 +128,8 @@ def check_kv_scale(kv_scale: Tensor | None, cache_format: CacheFormat, arch: Arc
         raise ValueError(f"kv_scale: kv_scale required for fp8 caches ({cache_format.name}), got None")
     if kv_scale.numel() != 1 or kv_scale.dtype != torch.float32:
         raise ValueError(f"kv_scale: expected one float32 value, got shape {tuple(kv_scale.shape)} of {kv_scale.dtype}")
+    if kv_cache is not None:
+        check_device("kv_scale", kv_scale, kv_cache)
 
 
 def check_cache_row(kv_cache: Tensor, shape: MLAShape) -> None:

@@ -224,7 +224,7 @@ class MLAAttention:
         tokens = batch.size * batch.max_query_len
         if batch.query_lens is None and q.shape[0] != tokens:
             raise PlanMismatch("query tokens", tokens, q.shape[0], "A uniform batch has max_query_len a request")
-        check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch)
+        check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache)
         if q.shape[0]:
             with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
                 self._runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)

@@ -67,7 +67,7 @@ class CachedContext:
             raise ValueError(f"kv_cache: expected [pages, page_size, row], got shape {tuple(self.kv_cache.shape)}")
         cache_format = cache_format_of(self.kv_cache.dtype)
         check_q_dtype(q.dtype, cache_format)
-        check_kv_scale(self.kv_scale, cache_format, arch_of(q.device))
+        check_kv_scale(self.kv_scale, cache_format, arch_of(q.device), self.kv_cache)
         page_size, rope_dim = self.kv_cache.shape[1], inputs.k_pe.shape[1]
         check_cache_row(self.kv_cache, MLAShape(heads, latent_dim, rope_dim, page_size, q.dtype, cache_format, nope))
         batch = PagedBatch(self.block_table, self.lens)

@@ -41,7 +41,7 @@ class WriteArguments:
         self._check_kinds()
         self._check_shapes()
         self._check_rope()
-        check_kv_scale(self.kv_scale, self.cache_format, arch_of(self.kv_cache.device))
+        check_kv_scale(self.kv_scale, self.cache_format, arch_of(self.kv_cache.device), self.kv_cache)
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps: expected a finite number, at least 0, got {self.eps}")
         check_cache_alignment(self.kv_cache, self.cache_format)

@@ -81,6 +81,11 @@ def test_q_of_an_unsupported_dtype(dtype: torch.dtype) -> None:
     refused(TypeError, "q: expected a dtype of torch.bfloat16, torch.float16", q=lambda q: q.to(dtype))
 
 
+def test_a_scale_on_another_device() -> None:
+    with pytest.raises(ValueError, match="kv_scale: is on meta, kv_cache is on cpu"):
+        check_kv_scale(torch.ones(1, device="meta"), CacheFormat.fp8_e4m3, arch_named("cpu"), torch.zeros(1))
+
+
 @pytest.mark.parametrize("first", [0, 2])
 def test_byte_rows_that_are_not_aligned(first: int) -> None:
     cache = torch.zeros(3, 16, 658, dtype=torch.uint8)[..., first : first + 656]
