@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from portable_mla import integrations
 from portable_mla.cli import hf_demo
 from tests.invoking import invoke, invoke_json
 
@@ -26,8 +27,9 @@ def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.Monkey
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    for name in [name for name in sys.modules if name.startswith("portable_mla.integrations")]:
+    for name in [name for name in sys.modules if name.startswith("portable_mla.integrations.")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(integrations, "transformers", raising=False)
     monkeypatch.setattr(importlib.metadata, "version", missing)
     result = invoke("demo", "--hf", "--device", "cpu")
     assert result.exit_code == 2

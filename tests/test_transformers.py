@@ -338,3 +338,22 @@ def test_the_stock_cache_holds_as_much_as_ours_uses(device: str) -> None:
     layers: list[Any] = stock_cache.layers
     assert cache.memory()["in use"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert ours.config.vocab_size == VOCABULARY
+
+
+@pytest.mark.gpu
+def test_gpu_kernels_serve_a_model_of_deepseeks_widths() -> None:
+    widths = {
+        "kv_lora_rank": 512, "q_lora_rank": 192, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        "head_dim": 64, "hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "initializer_range": 0.05, "first_k_dense_replace": 2,
+    }  # fmt: skip
+    stock, ours = (model_of("deepseek_v3", "cuda", **widths).bfloat16() for _ in range(2))
+    integration.patch(ours)
+    ids, _ = left_padded((40, 40), "cuda")
+    cache = integration.LatentCache(ours.config, pages=8, page_size=64)
+    got = torch.cat([ours(part, past_key_values=cache).logits for part in ids.split([30, 6, 1, 1, 1, 1], dim=1)], 1)
+    wanted, exact = stock(ids).logits.double(), stock.float()(ids).logits.double()
+    error, stocks = ((one.double() - exact).norm() / exact.norm() for one in (got, wanted))
+    print(f"error {error:.1e} against float32, stock's own {stocks:.1e}, served by {cache.backend}")
+    assert cache.backend not in (None, "reference", "cpu")
+    assert error <= 2 * stocks

@@ -111,6 +111,11 @@ class LatentCache(Cache):
         self._step: _Step | None = None
         self._attention: MLAAttention | None = None
 
+    @property
+    def backend(self) -> str | None:
+        """Name of the backend that serves decodes; None before the first."""
+        return None if self._attention is None else self._attention.backend
+
     def memory(self) -> dict[str, int]:
         """Bytes of all layers: of the pages in use, and of the pool."""
         if self._paged is None:
