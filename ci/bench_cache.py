@@ -3,8 +3,9 @@
     python -m ci.bench_cache [--only tiles,decode,write] [--formats fp8_656 ...] [--tiles 16x64w8s3p1 ...] [--json FILE]
 
 Microseconds a call in CUDA graphs, over caches larger than L2. "tiles" tries launch shapes of the fp8 formats, written
-as block_h x block_n, warps, stages and programs a unit; "decode" then takes the best beside the one of the tile rules.
-A result is held to that of the bfloat16 kernel over the dequantised cache before it is timed.
+as block_h x block_n, warps, stages, programs a unit, and "e" where values are converted before they are shared;
+"decode" then takes the best beside the one of the tile rules. A result is held to that of the bfloat16 kernel over the
+dequantised cache before it is timed.
 """
 
 from __future__ import annotations
@@ -42,29 +43,32 @@ GOALS = {"fp8_e4m3": 1.6, "fp8_e4m3fnuz": 1.6, "fp8_656": 1.4}
 MOST_DIFFERENT = 6e-3  # relative, of two bfloat16 results
 KV_SCALE = 2.0**-6  # a power of two: dequantised values are exact in bfloat16
 TOKENS = (1, 32, 128, 4096)
-_TILE = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)p(\d+)")
+_TILE = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)p(\d+)(e?)")
 
 
 def tile_named(name: str) -> Tile:
-    """16x64w8s3p1: block_h, block_n, warps, stages, programs a unit."""
+    """16x64w8s3p1e: block_h, block_n, warps, stages, programs a unit, and whether it converts early."""
     found = _TILE.fullmatch(name)
     if found is None:
         raise argparse.ArgumentTypeError(f"expected a tile such as 16x64w8s3p1, got {name!r}")
-    block_h, block_n, warps, stages, programs = map(int, found.groups())
-    return Tile(block_h, block_n, warps, stages, programs_per_unit=programs)
+    block_h, block_n, warps, stages, programs = map(int, found.groups()[:5])
+    return Tile(block_h, block_n, warps, stages, programs_per_unit=programs, converts_early=bool(found[6]))
 
 
 def name_of(tile: Tile) -> str:
     """What `tile_named` reads."""
     name = f"{tile.block_h}x{tile.block_n}w{tile.num_warps}s{tile.num_stages}p{tile.programs_per_unit}"
+    name += "e" if tile.converts_early else ""
     return name if tile.loads == "pointer" else f"{name} {tile.loads}"
 
 
 def candidates() -> list[Tile]:
     """Launch shapes for 16 rows."""
-    narrow = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3, 4), (1, 2))
-    wide = itertools.product((64,), (32, 64), (4, 8), (2, 3), (1,))
-    return [Tile(h, n, w, s, programs_per_unit=p) for h, n, w, s, p in (*narrow, *wide)]
+    narrow = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3, 4), (1, 2), (False, True))
+    wide = itertools.product((64,), (32, 64), (4, 8), (2, 3), (1,), (False, True))
+    return [
+        Tile(h, n, w, s, programs_per_unit=p, converts_early=early) for h, n, w, s, p, early in (*narrow, *wide)
+    ]  # fmt: skip
 
 
 def formats() -> tuple[CacheFormat, ...]:
@@ -138,7 +142,9 @@ def compile_tile(job: tuple[str, str]) -> str:
 
 def compile_tiles(tiles: Sequence[Tile], wanted: Sequence[CacheFormat], workers: int) -> list[tuple[str, Tile]]:
     """Format and tile of those that compile; compiled in processes, since each takes seconds."""
-    jobs = [(one.name, name_of(tile)) for one in wanted for tile in tiles]
+    jobs = [
+        (one.name, name_of(tile)) for one in wanted for tile in tiles if one.needs_scale or not tile.converts_early
+    ]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         faults = list(pool.map(compile_tile, jobs))
     for job, fault in zip(jobs, faults, strict=True):

@@ -58,6 +58,8 @@ _SM90 = (
     Rule(when(formats=GROUPED, rows_above=16), Tile(64, 32, 8, 3)),
     # 255 regs, 108 KB, 136 HMMA; 64x64 spills 69 times in the loop, 64x32 50
     Rule(when(formats=FP8, latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
+    # 250 regs, 218 KB, 68 HMMA; converted late, values go from shared memory to PV a byte at a time
+    Rule(when(formats=FP8, latent_above=256), Tile(16, 64, 8, 3, converts_early=True)),
     # 255 regs, 24 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B. Predicted 542 us at (128, 128, 4096), measured 534; 64x32 took
     # 648, 32x64 784, 16x32 957. Branching around the mask of whole tiles was predicted to gain 10 % (it stops the two
     # warpgroups from scoring twice) and lost 3 %: the weights then cross shared memory. Dropped
@@ -98,6 +100,8 @@ _SM100 = (
     Rule(when(latent_above=256, rows_above=16, whole_tiles=64), Tile(32, 64, 8, 3, "descriptor")),
     # 194 regs, 184 KB, 136 HMMA; 3.9: 194
     Rule(when(latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
+    # 250 regs, 218 KB, 68 HMMA; the sm90 row's reason
+    Rule(when(formats=FP8, latent_above=256), Tile(16, 64, 8, 3, converts_early=True)),
     # 255 regs, 8 B, 164 KB, 136 HMMA; the sm90 row's measurement, for the same instructions
     Rule(when(latent_above=256, whole_tiles=64), Tile(16, 64, 4, 3, "descriptor")),
     # 145 regs, 164 KB, 68 HMMA

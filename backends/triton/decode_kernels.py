@@ -3,13 +3,12 @@
 import triton
 import triton.language as tl
 
+from portable_mla.backends.triton.key_kernels import load_latent, load_rope
 from portable_mla.backends.triton.program_kernels import grouped_program_id
-from portable_mla.float8_kernels import float8_values
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 from portable_mla.metadata.status_kernels import QUERY_TOKENS, report_fault
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-GROUP = tl.constexpr(128)  # latent values of one scale in fp8_656
 LN_2 = tl.constexpr(0.6931471805599453)
 START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never form inf - inf
 
@@ -52,53 +51,6 @@ def _key_rows(page, tile, kv_len, stride_kv_page, stride_kv_slot, PAGE_SIZE: tl.
 
 
 @triton.jit
-def _load_key(kv_ptr, offset, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    column = FIRST + tl.arange(0, WIDTH)
-    return tl.load((kv_ptr + offset)[:, None] + column[None, :], mask=valid[:, None], other=0.0)
-
-
-@triton.jit
-def _dequantise(stored, dtype: tl.constexpr, FLOAT8: tl.constexpr):
-    """Stored values in the queries' dtype, without a scale: exact."""
-    if FLOAT8 is None or FLOAT8 == "hardware":
-        return stored.to(dtype)
-    else:
-        return float8_values(stored, FLOAT8 == "e4m3fnuz").to(dtype)
-
-
-@triton.jit
-def _load_latent(
-    kv_ptr, offset, valid, dtype: tl.constexpr, LATENT: tl.constexpr, BLOCK_N: tl.constexpr, FLOAT8: tl.constexpr,
-    GROUPED: tl.constexpr,
-):  # fmt: skip
-    """Latents of one tile, each group times its scale where rows carry them, else without the scale of the tensor."""
-    if GROUPED and FLOAT8 == "hardware":
-        stored = _load_key(kv_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True), offset, valid, 0, LATENT)
-    else:
-        stored = _load_key(kv_ptr, offset, valid, 0, LATENT)
-    latent = _dequantise(stored, dtype, FLOAT8)
-    if GROUPED:
-        group_ptr = (kv_ptr + LATENT).to(tl.pointer_type(tl.float32), bitcast=True)
-        scales = _load_key(group_ptr, offset // 4, valid, 0, LATENT // GROUP)
-        groups = tl.reshape(latent, [BLOCK_N, LATENT // GROUP, GROUP]) * scales[:, :, None]
-        latent = tl.reshape(groups.to(dtype), [BLOCK_N, LATENT])
-    return latent
-
-
-@triton.jit
-def _load_rope(
-    kv_ptr, offset, valid, dtype: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, FLOAT8: tl.constexpr,
-    GROUPED: tl.constexpr,
-):  # fmt: skip
-    """Rope values of one tile: bfloat16 behind the scales where rows carry those, else stored like the latents."""
-    if GROUPED:
-        rope_ptr = (kv_ptr + LATENT + LATENT // GROUP * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-        return _load_key(rope_ptr, offset // 2, valid, 0, ROPE).to(dtype)
-    else:
-        return _dequantise(_load_key(kv_ptr, offset, valid, LATENT, ROPE), dtype, FLOAT8)
-
-
-@triton.jit
 def _described_rows(tile, kv_len, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """First slot, in its page, of one tile for a descriptor load, and the positions its rows hold.
 
@@ -130,6 +82,7 @@ def _attend(
     stride_kv_page, stride_kv_slot,
     LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, FLOAT8: tl.constexpr, GROUPED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised output, sum and base-2 maximum of one row tile over the KV tiles [tile_lo, tile_hi)."""
     row_max = tl.full([BLOCK_H], START_MAX, tl.float32)
@@ -144,13 +97,13 @@ def _attend(
             latent = latent_desc.load([page, slot, 0]).reshape(BLOCK_N, LATENT)
         else:
             position, valid, offset = _key_rows(page, tile, kv_len, stride_kv_page, stride_kv_slot, PAGE_SIZE, BLOCK_N)
-            latent = _load_latent(kv_ptr, offset, valid, q_latent.dtype, LATENT, BLOCK_N, FLOAT8, GROUPED)
+            latent = load_latent(kv_ptr, offset, valid, q_latent.dtype, LATENT, BLOCK_N, FLOAT8, GROUPED, EARLY)
         scores = tl.dot(q_latent, tl.trans(latent))
         if ROPE > 0:
             if DESCRIPTORS:
                 rope = rope_desc.load([page, slot, LATENT]).reshape(BLOCK_N, ROPE)
             else:
-                rope = _load_rope(kv_ptr, offset, valid, q_latent.dtype, LATENT, ROPE, FLOAT8, GROUPED)
+                rope = load_rope(kv_ptr, offset, valid, q_latent.dtype, LATENT, ROPE, FLOAT8, GROUPED)
             scores = tl.dot(q_rope, tl.trans(rope), scores)
         scores = tl.where(position[None, :] < row_limit[:, None], scores * scale, float("-inf"))
         acc, row_sum, row_max = _fold_tile(acc, row_sum, row_max, scores, latent)
@@ -242,6 +195,7 @@ def decode_kernel(
     NUM_XCDS: tl.constexpr,
     FLOAT8: tl.constexpr,  # of an fp8 cache: "hardware" converts it, else the flavour of its uint8
     GROUPED: tl.constexpr,  # rows are fp8_656's
+    EARLY: tl.constexpr,  # fp8 is converted once, before it is shared, else by each reader of it
 ):
     """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
     pid = grouped_program_id(NUM_XCDS)
@@ -273,7 +227,7 @@ def decode_kernel(
             q_latent, q_rope, kv_ptr, latent_desc, rope_desc, _table_row(table_header_ptr, request),
             tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, softmax_scale * LOG2_E, pages,
             stride_kv_page, stride_kv_slot, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS,
-            FLOAT8, GROUPED,
+            FLOAT8, GROUPED, EARLY,
         )  # fmt: skip
 
         acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

@@ -144,5 +144,6 @@ class TritonRunner:
             "ROW_TILES": row_tiles(self._rows, tile), "BLOCK_H": tile.block_h, "BLOCK_N": tile.block_n,
             "NUM_STAGES": tile.num_stages, "DESCRIPTORS": tile.loads == "descriptor", "NUM_XCDS": tile.num_xcds,
             "FLOAT8": self._float8, "GROUPED": shape.cache_format is CacheFormat.fp8_656,
+            "EARLY": shape.cache_format.needs_scale and tile.converts_early,
             "num_warps": tile.num_warps, "num_stages": tile.num_stages, **(amd_options(tile) if self._amd else {}),
         }  # fmt: skip

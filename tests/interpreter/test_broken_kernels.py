@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from portable_mla.backends.triton import combine, combine_kernels, decode_kernels, runner
+from portable_mla.backends.triton import combine, combine_kernels, decode_kernels, key_kernels, runner
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.metadata import split_kernels, split_plan
 from tests.cases import Case
@@ -51,9 +51,10 @@ class Mutant:
 
 
 LAUNCHES = {
-    decode_kernels: (runner, "decode_kernel"),
-    combine_kernels: (combine, "combine_kernel"),
-    split_kernels: (split_plan, "plan_splits_kernel"),
+    decode_kernels: (runner, ("decode_kernel",)),
+    key_kernels: (decode_kernels, ("load_latent", "load_rope")),
+    combine_kernels: (combine, ("combine_kernel",)),
+    split_kernels: (split_plan, ("plan_splits_kernel",)),
 }
 NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None]", "acc = acc * 1.0")
 SCALED = Case((100, 40), 16, **SMALL, cache="fp8_e4m3")
@@ -89,13 +90,13 @@ MUTANTS = {
     ),
     "the scale is not in the output": Mutant(decode_kernels, "acc *= tl.load(kv_scale_ptr)", "acc *= 1.0", SCALED),
     "fp8 bits are read with the other bias": Mutant(
-        decode_kernels, 'FLOAT8 == "e4m3fnuz")', 'FLOAT8 == "e4m3")', SCALED, arch="sm80"
+        key_kernels, 'FLOAT8 == "e4m3fnuz")', 'FLOAT8 == "e4m3")', SCALED, arch="sm80"
     ),
     "no group has its scale": Mutant(
-        decode_kernels, "valid, 0, LATENT // GROUP)", "valid, 0, LATENT // GROUP) * 0 + 1.0", GROUPED
+        key_kernels, "valid, 0, LATENT // GROUP)", "valid, 0, LATENT // GROUP) * 0 + 1.0", GROUPED
     ),
     "rope is read where the scales are": Mutant(
-        decode_kernels, "(kv_ptr + LATENT + LATENT // GROUP * 4)", "(kv_ptr + LATENT)", GROUPED
+        key_kernels, "(kv_ptr + LATENT + LATENT // GROUP * 4)", "(kv_ptr + LATENT)", GROUPED
     ),
     "the plan drops a tile at each cut": Mutant(
         split_kernels, "(part + 1) * share - origin)", "(part + 1) * share - origin - 1)"
@@ -115,9 +116,11 @@ def launches_anew() -> Iterator[None]:
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_a_broken_kernel_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     solve_with_tile(mutant.case, mutant.tile, mutant.units, mutant.arch)
-    user, kernel = LAUNCHES[mutant.module]
+    user, kernels = LAUNCHES[mutant.module]
     split_plan._launch.cache_clear()
-    monkeypatch.setattr(user, kernel, getattr(mutant.write(tmp_path), kernel))
+    broken = mutant.write(tmp_path)
+    for kernel in kernels:
+        monkeypatch.setattr(user, kernel, getattr(broken, kernel))
     with pytest.raises(AssertionError, match="^(out|lse)") as caught:
         solve_with_tile(mutant.case, mutant.tile, mutant.units, mutant.arch)
     print(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from portable_mla.backends.triton.runner import TritonRunner
@@ -27,8 +29,9 @@ PER_TENSOR = [
 
 @pytest.mark.parametrize("case", PER_TENSOR, ids=range(4))
 @pytest.mark.parametrize(("arch", "cache"), FORMATS)
-def test_a_cache_with_one_scale_decodes(arch: str, cache: str, case: Case) -> None:
-    print(solve_with_tile(Case(**{**vars(case), "cache": cache}), TILE, 6, arch))
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_a_cache_with_one_scale_decodes(arch: str, cache: str, case: Case, early: bool) -> None:
+    print(solve_with_tile(Case(**{**vars(case), "cache": cache}), replace(TILE, converts_early=early), 6, arch))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
