@@ -14,10 +14,11 @@ from tests.invoking import invoke, invoke_json
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
-def test_both_write_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_both_write_the_same_tokens(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed: pip install portable-mla[transformers]")
     monkeypatch.setattr(hf_demo, "NEW_TOKENS", 2)
-    values = invoke_json("demo", "--hf", "--device", "cpu")
+    values = invoke_json("demo", "--hf", "--device", device)
     assert (values["passed"], values["layers_patched"], values["tokens_generated"]) == (True, 4, 6)
     assert values["our_cache_bytes_in_use"] < values["stock_cache_bytes"]  # left padding takes no pages
     assert "public domain" in values["text"]
