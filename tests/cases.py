@@ -64,8 +64,8 @@ class Problem:
     softmax_scale: float
     kv_lens: tuple[int, ...]
     query_lens: tuple[int, ...]
-    allowance: float = 1.0  # times the mean error that a backend is allowed
     kv_scale: Tensor | None = None
+    allowance: float = 1.0  # times the errors that a backend is allowed
 
     @property
     def inputs(self) -> DecodeInputs:

@@ -22,7 +22,7 @@ from tests.cases import EXTREME, Case, Problem, build
 # Vendors' libraries, measured on an H100: those that the acceptance rule finds worse than a good kernel, and by how
 # much. Of logits near 1e5 all three lose up to 2**-7 of a row, since they scale scores and subtract the maximum in one
 # operation, and FlashInfer gives -inf as the LSE of those below -5e4: such data is not asked of them.
-LIBRARY_ALLOWANCE = {"flashinfer": 1.3}
+LIBRARY_ALLOWANCE = {"flashinfer": 1.4}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ from portable_mla.backends.nvidia.sm90_prefill_score_kernels import (
     zero_tail,
 )
 from portable_mla.backends.nvidia.sm90_softmax_kernels import weigh
-from portable_mla.backends.nvidia.sm90_sync_kernels import arrive, meet, multiply, opaque, publish_barriers
+from portable_mla.backends.nvidia.sm90_sync_kernels import arrive, meet, multiply, publish_barriers
 from portable_mla.backends.triton.decode_kernels import LOG2_E, START_MAX
 
 TURN_0 = gl.constexpr(13)  # + warpgroup: it may issue its products

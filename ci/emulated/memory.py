@@ -28,7 +28,8 @@ def _lds_bytes(lanes: Lanes, address: NDArray[np.int64], size: int) -> NDArray[n
 
 
 def lds_addresses(instruction: Any, lanes: Lanes, offset: int) -> NDArray[np.int64]:
-    return lanes.vectors[register(instruction.addr)].astype(np.int64) + offset
+    addresses: NDArray[np.int64] = lanes.vectors[register(instruction.addr)].astype(np.int64)
+    return addresses + offset
 
 
 def _put(bank: Words, first: int, words: Words, active: NDArray[np.bool_]) -> None:
@@ -106,10 +107,11 @@ def read_transposed(instruction: Any, lanes: Lanes) -> None:
 
 def global_addresses(instruction: Any, lanes: Lanes) -> NDArray[np.int64]:
     base, first = int(instruction.saddr.offset), register(instruction.addr)
-    start = lanes.vectors[first].astype(np.int64) + _signed_offset(instruction)
+    start: NDArray[np.int64] = lanes.vectors[first].astype(np.int64) + _signed_offset(instruction)
     if base < NO_SCALAR:
         return start + _scalar_pair(lanes, base)
-    return start + (lanes.vectors[first + 1].astype(np.int64) << 32)
+    high: NDArray[np.int64] = lanes.vectors[first + 1].astype(np.int64)
+    return start + (high << 32)
 
 
 def _signed_offset(instruction: Any) -> int:
