@@ -23,17 +23,17 @@ from unittest.mock import patch
 import torch
 
 from ci import cross_compile
-from ci.compile_gate import decode_request
+from ci.compile_gate import decode_request, rule_of
 from ci.forced import force_code
-from portable_mla.backends.nvidia.triton import BACKEND
 from portable_mla.backends.triton.tile import TileRequest
 from portable_mla.device import ARCHS
 
 name, made = sys.argv[1], []
 if name != "sm90":
     force_code(name, ARCHS["sm90"])
-request = decode_request("sm90", TileRequest(64, 512, 64, 64), torch.bfloat16)
-tile = BACKEND.rules["sm80"][0].tile
+rows = TileRequest(64, 512, 64, 64)
+request = decode_request("sm90", rows, torch.bfloat16)
+tile = rule_of("sm80", rows).tile
 with patch.object(cross_compile.Resources, "of", lambda compiled: made.append(compiled)):
     cross_compile.compile_decode(request, tile)
 loaded = made[0].asm["cubin"]

@@ -31,26 +31,20 @@ def _merge(
     total = tl.zeros([row.shape[0]], tl.float32)
     acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for first in range(slot_lo, slot_hi, BLOCK_S):
-        slots = slot_hi - first
-        new_largest = largest
-        for slot in tl.static_range(BLOCK_S):
-            mask = row_valid & (slot < slots)
-            stats_ptr = partial_stats_ptr + STATS * (tl.cast(first + slot, tl.int64) * max_rows + row)
-            new_largest = tl.maximum(new_largest, tl.load(stats_ptr, mask=mask, other=START_MAX))
+        slot = first + tl.arange(0, BLOCK_S)
+        slot_row = slot.to(tl.int64)[:, None] * max_rows + row[None, :]
+        mask = (slot < slot_hi)[:, None] & row_valid[None, :]
+        stats_ptr = partial_stats_ptr + STATS * slot_row
+        row_max = tl.load(stats_ptr, mask=mask, other=START_MAX)
+        row_sum = tl.load(stats_ptr + 1, mask=mask, other=0.0)
+        slot_row_ptr = partial_out_ptr + slot_row * LATENT
+        part = tl.load(slot_row_ptr[:, :, None] + column[None, None, :], mask=mask[:, :, None], other=0.0)
+        new_largest = tl.maximum(largest, tl.max(row_max, 0))
         rescale = tl.exp2(largest - new_largest)
-        acc = acc * rescale[:, None]
-        total = total * rescale
-        for slot in tl.static_range(BLOCK_S):
-            mask = row_valid & (slot < slots)
-            slot_row = tl.cast(first + slot, tl.int64) * max_rows + row
-            stats_ptr = partial_stats_ptr + STATS * slot_row
-            part_ptr = (partial_out_ptr + slot_row * LATENT)[:, None] + column[None, :]
-            part = tl.load(part_ptr, mask=mask[:, None], other=0.0)
-            row_max = tl.load(stats_ptr, mask=mask, other=START_MAX)
-            weight = tl.load(stats_ptr + 1, mask=mask, other=0.0) * tl.exp2(row_max - new_largest)
-            scaled = weight * tl.load(stats_ptr + 2, mask=mask, other=0.0) if NARROW else weight
-            acc += part * scaled[:, None]
-            total += weight
+        weight = row_sum * tl.exp2(row_max - new_largest[None, :])
+        scaled = weight * tl.load(stats_ptr + 2, mask=mask, other=0.0) if NARROW else weight
+        acc = acc * rescale[:, None] + tl.sum(part * scaled[:, :, None], 0)
+        total = total * rescale + tl.sum(weight, 0)
         largest = new_largest
     return largest, total, acc
 

@@ -140,7 +140,9 @@ def combine_tiles(latent_dim: int, wave: int, *, narrow: bool = False) -> dict[s
     H100, us at (batch, heads, context), of a tile (block_d, block_r, block_s, few): spread, rows, grouped.
     (8, 16, 8192) 41.0 42.4 46.9; (32, 64, 4096) 78.0 75.6 80.8; (32, 128, 4096) 87.8 83.6 85.2; a ragged batch of 256
     with 128 heads 226 230 221. Steps of 32 splits take 160 registers, those of 4 take 40: predicted to hide the loads
-    of 4 pieces better, which they did. Two heads a program (512, 2, 2, 2): within 2 % of rows.
+    of 4 pieces better, which they did. Two heads a program (512, 2, 2, 2): within 2 % of rows. Splits unrolled one by
+    one, with one to four heads a program: predicted 3 us at a ragged batch of 32 with 128 heads, 0; (1, 16, 8192) 14.5
+    -> 16.9. Dropped.
     """
     warps = max(latent_dim // ((8 if narrow else 4) * wave), 1)  # a lane loads 16 bytes
     return {

@@ -56,7 +56,7 @@ LAUNCHES = {
     combine_kernels: (combine, ("combine_kernel",)),
     split_kernels: (split_plan, ("plan_splits_kernel",)),
 }
-NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None]", "acc = acc * 1.0")
+NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None] + tl.sum(", "acc = acc + tl.sum(")
 SCALED = Case((100, 40), 16, **SMALL, cache="fp8_e4m3")
 GROUPED = Case((100, 40), 16, cache="fp8_656", seed=1)
 MUTANTS = {
@@ -81,9 +81,7 @@ MUTANTS = {
     "decode does not rescale": Mutant(decode_kernels, "acc = acc * rescale[:, None]", "acc = acc"),
     "combine does not rescale, few rows": Mutant(*NO_RESCALE, TALL, units=60),
     "combine does not rescale, many rows": Mutant(*NO_RESCALE, MANY_ROWS, MANY_PARTS, units=1),
-    "combine leaves out the last split": Mutant(
-        combine_kernels, "slots = slot_hi - first", "slots = slot_hi - first - 1"
-    ),
+    "combine leaves out the last split": Mutant(combine_kernels, "(slot < slot_hi)", "(slot < slot_hi - 1)"),
     "combine writes the base-2 logarithm": Mutant(combine_kernels, "tl.log2(total)) * LN_2", "tl.log2(total))"),
     "the scale is not in the scores": Mutant(
         decode_kernels, "softmax_scale *= tl.load(kv_scale_ptr)", "softmax_scale *= 1.0", SCALED
