@@ -37,8 +37,8 @@ def sm90_tile(rows: int) -> Sm90Tile:
         # (1, 128, 8192) 19.7, with parts of one tile 24.5. Both programs that share a part wait for the same memory,
         # and L2 can have it: (128, 128, 4096) 269, without prefetching 286; 319 where it asked with evict_first, since
         # such lines evict one another before they are read
-        # Starting a unit counted as two tiles: predicted 3 % for ragged batches; Azure's trace, 128 requests 127 -> 120,
-        # 32 requests 50.2 -> 48.1, Mooncake's, 32 requests 219 -> 210
+        # Starting a unit counted as two tiles: predicted 3 % for ragged batches; Azure, 128 requests 127 -> 120, and
+        # 32 requests 50.2 -> 48.1; Mooncake, 32 requests 219 -> 210
         return Sm90Tile(overhead=2, prefetch=True)
     # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, with
     # prefetching 472
