@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from ci.cross_compile import Resources, compile_write
+from ci.cross_compile import Resources
+from ci.cross_compile_steps import compile_write
 from portable_mla.backends.triton.tile import FP8, TileRequest
 from portable_mla.cache_format import CacheFormat
 from portable_mla.device import ARCHS

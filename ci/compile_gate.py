@@ -27,16 +27,8 @@ import torch
 import triton
 
 from ci.cache_variants import fp8_requests, write_variants
-from ci.cross_compile import (
-    Resources,
-    compile_combine,
-    compile_decode,
-    compile_finish,
-    compile_gluon,
-    compile_plan,
-    compile_ragged,
-    compile_step,
-)
+from ci.cross_compile import Resources, compile_combine, compile_decode, compile_gluon
+from ci.cross_compile_steps import compile_finish, compile_plan, compile_ragged, compile_step
 from ci.prefill_variants import gluon_prefill_variants, prefill_variants
 from portable_mla.backends.amd import tiles as amd_tiles
 from portable_mla.backends.nvidia import tiles as nvidia_tiles

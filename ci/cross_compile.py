@@ -21,21 +21,13 @@ from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.prefill_kernels import prefill_kernel
 from portable_mla.backends.triton.prefill_runner import TritonPrefill
 from portable_mla.backends.triton.prefill_tile import PrefillTile
-from portable_mla.backends.triton.runner import TritonRunner, plan_shape
+from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Tile
-from portable_mla.backends.vendor.step import finish_constants, prepare_constants
-from portable_mla.backends.vendor.step_kernels import finish_rows_kernel, prepare_step_kernel
 from portable_mla.cache_format import CacheFormat
-from portable_mla.cache_write_kernels import write_latent_kernel
 from portable_mla.device import Arch
 from portable_mla.merge import merge_constants
 from portable_mla.merge_kernels import merge_kernel
-from portable_mla.metadata.ragged import ragged_constants
-from portable_mla.metadata.ragged_kernels import write_ragged_kernel
-from portable_mla.metadata.split_kernels import plan_splits_kernel
-from portable_mla.metadata.split_plan import plan_constants
 from portable_mla.shape import Request
-from portable_mla.write_launch import write_constants
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MATRIX_SASS = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
@@ -88,7 +80,7 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True, small:
     loads: Literal["descriptor", "pointer"] = tile.loads if aligned else "pointer"
     constants = TritonRunner(request, tile).decode_constants(loads) | {"stride_lse_head": 1}
     dtype = DTYPES[request.shape.q_dtype]
-    types = _default_types(decode_kernel)
+    types = default_types(decode_kernel)
     types |= {name: "i32!" for name in types if name.startswith(("stride_q", "stride_kv", "stride_out"))}
     types |= dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), f"*{dtype}!")
     if request.shape.cache_format.quantised:
@@ -107,7 +99,7 @@ def compile_decode(request: Request, tile: Tile, *, aligned: bool = True, small:
             constants[name] = None
     if small:
         types |= {name: f"{kind}<" for name, kind in types.items() if kind.startswith("*")}
-    return _compile(decode_kernel, request.arch, types, constants)
+    return compile_kernel(decode_kernel, request.arch, types, constants)
 
 
 def cache_type(request: Request) -> str:
@@ -129,7 +121,7 @@ def compile_gluon(request: Request) -> Any:
     runner = Sm90Runner(request, Tile(64, 64, 8, 2))
     constants = runner.decode_constants()
     dtype, boxes = DTYPES[shape.q_dtype], {"q_desc": constants["QUERY_ROWS"], "kv_desc": min(shape.page_size, BLOCK)}
-    types = _default_types(sm90_decode_kernel)
+    types = default_types(sm90_decode_kernel)
     types |= {name: f"tensordesc<{dtype}[{rows}, {BLOCK}],{LAYOUT!r}>" for name, rows in boxes.items()}
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
@@ -153,7 +145,7 @@ def compile_gluon_prefill(request: Request, *, causal: bool = True) -> Any:
         "q_desc": (HALF, BOX), "q_rope_desc": (HALF, rope), "k_nope_desc": (block_n, BOX), "k_pe_desc": (block_n, rope),
         "v_desc": (block_n, BOX),
     }  # fmt: skip
-    types = _index_types(sm90_prefill_kernel)
+    types = index_types(sm90_prefill_kernel)
     types |= {
         name: f"tensordesc<{dtype}[{rows}, {columns}],{box_layout(columns)!r}>"
         for name, (rows, columns) in boxes.items()
@@ -180,11 +172,11 @@ def serialised_wgmma(compiled: Any) -> list[str]:
 def compile_combine(request: Request, kind: str, *, dependent: bool = False) -> Resources:
     """One of the combines. dependent: as Hopper's Gluon runner launches it, for bfloat16."""
     constants = Combine(request, 1, narrow=dependent, dependent=dependent).constants[kind]
-    types = _default_types(combine_kernel)
+    types = default_types(combine_kernel)
     types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "token_slots_ptr": "*i32!"}
     types["out_ptr"] = f"*{DTYPES[request.shape.q_dtype]}!"
     types["partial_out_ptr"] = "*fp16!" if dependent else "*fp32!"
-    return _compile(combine_kernel, request.arch, types, constants | {"stride_lse_head": 1})
+    return compile_kernel(combine_kernel, request.arch, types, constants | {"stride_lse_head": 1})
 
 
 def compile_prefill(request: Request, tile: PrefillTile, *, causal: bool = True, aligned: bool = True) -> Resources:
@@ -192,80 +184,39 @@ def compile_prefill(request: Request, tile: PrefillTile, *, causal: bool = True,
     shape, descriptors = request.shape, aligned and tile.loads == "descriptor"
     constants = TritonPrefill(request, tile).constants(causal=causal, descriptors=descriptors)
     dtype = DTYPES[shape.q_dtype]
-    types = _default_types(prefill_kernel)
+    types = default_types(prefill_kernel)
     types |= {name: "i32!" for name in types if name.startswith("stride_") and "lse" not in name}
     types |= dict.fromkeys(("q_ptr", "k_nope_ptr", "k_pe_ptr", "v_ptr"), f"*{dtype}!")
-    types |= dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32!")
-    types |= {"out_ptr": "*fp32!" if request.float32_out else f"*{dtype}!", "softmax_scale": "fp32"}
+    types |= {"cu_q_ptr": "*i32!", "cu_k_ptr": "*i32!", "softmax_scale": "fp32"}
+    types["out_ptr"] = "*fp32!" if request.float32_out else f"*{dtype}!"
     for name, width in (("nope", "NOPE"), ("rest", "REST"), ("rope", "ROPE"), ("v", "V")):
         if descriptors and constants[width]:
             block = [tile.block_n, *([] if name == "rope" else [1]), constants[width]]
             types[f"{name}_desc"] = f"tensordesc<{dtype}{block}>"
         else:
             constants[f"{name}_desc"] = None
-    return _compile(prefill_kernel, request.arch, types, constants | {"stride_lse_head": 1})
+    return compile_kernel(prefill_kernel, request.arch, types, constants | {"stride_lse_head": 1})
 
 
 def compile_merge(arch: Arch, width: int) -> Resources:
     """The kernel that merges results of this width."""
-    constants = merge_constants(width)
-    heads = {"stride_first_lse_head": 1, "stride_rest_lse_head": 1, "stride_lse_head": 1}
-    return _compile(merge_kernel, arch, _default_types(merge_kernel), constants | heads)
+    heads = dict.fromkeys(("stride_first_lse_head", "stride_rest_lse_head", "stride_lse_head"), 1)
+    return compile_kernel(merge_kernel, arch, default_types(merge_kernel), merge_constants(width) | heads)
 
 
-def compile_plan(request: Request, tile: Tile) -> Resources:
-    """The kernel that plans the splits, for a ragged batch without positions of its own."""
-    constants = plan_constants(plan_shape(request, tile), request.shape.page_size) | {"positions_ptr": None}
-    return _compile(plan_splits_kernel, request.arch, _index_types(plan_splits_kernel), constants)
-
-
-def compile_write(request: Request) -> Resources:
-    """The kernel that writes rows, with all of its inputs but for the unquantised copy."""
-    shape = request.shape
-    constants = write_constants(shape.page_size, shape.latent_dim, shape.rope_dim, True, shape.cache_format)
-    dtype, stored = f"*{DTYPES[shape.q_dtype]}!", "*u8!" if shape.cache_format.quantised else "*bf16!"
-    types = _index_types(write_latent_kernel) | {"cos_sin_ptr": "*fp32!", "kv_scale_ptr": "*fp32!", "eps": "fp32"}
-    types |= dict.fromkeys(("c_kv_ptr", "k_pe_ptr", "norm_weight_ptr", "q_source_ptr", "q_pe_ptr"), dtype)
-    types |= {"kv_latent_ptr": stored, "kv_rope_ptr": stored if shape.cache_format.needs_scale else "*bf16!"}
-    types["kv_group_ptr"] = "*fp32!"
-    grouped = shape.cache_format is CacheFormat.fp8_656
-    constants |= {"rows_ptr": None} | ({} if grouped else {"kv_group_ptr": None})
-    constants |= {} if shape.cache_format.needs_scale else {"kv_scale_ptr": None}
-    return _compile(write_latent_kernel, request.arch, types, constants)
-
-
-def compile_ragged(request: Request) -> Resources:
-    """The kernel that writes ragged token indices, for a ragged batch without positions of its own."""
-    constants = ragged_constants(request.shape.page_size, 1) | {"given_positions_ptr": None}
-    return _compile(write_ragged_kernel, request.arch, _index_types(write_ragged_kernel), constants)
-
-
-def compile_step(request: Request) -> Resources:
-    """The kernel that copies a ragged batch and its page table for a vendor's library."""
-    constants = prepare_constants(request.shape.page_size)
-    return _compile(prepare_step_kernel, request.arch, _index_types(prepare_step_kernel), constants)
-
-
-def compile_finish(request: Request, *, copied: bool) -> Resources:
-    """The kernel that finishes a library's rows. copied: the library could not write into the result."""
-    constants = finish_constants(request.shape.latent_dim, copied) | ({} if copied else {"from_out_ptr": None})
-    dtype, types = f"*{DTYPES[request.shape.q_dtype]}!", _default_types(finish_rows_kernel)
-    types |= {"from_out_ptr": dtype, "out_ptr": dtype, "states_ptr": "*i32!", "natural_per_unit": "fp32"}
-    types |= {"stride_out_token": "i32!", "stride_out_head": "i32!"}
-    return _compile(finish_rows_kernel, request.arch, types, constants | {"stride_lse_head": 1})
-
-
-def _index_types(kernel: Any) -> dict[str, str]:
+def index_types(kernel: Any) -> dict[str, str]:
     """Of a metadata kernel: 32-bit numbers, but for the status words and the page table's address."""
     types = {name: "*i32!" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     return types | {name: "*i64!" for name in ("table_header_ptr", "status_ptr") if name in types}
 
 
-def _default_types(kernel: Any) -> dict[str, str]:
+def default_types(kernel: Any) -> dict[str, str]:
+    """Of a kernel over tensors: float32 and 32-bit numbers."""
     return {name: "*fp32!" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
 
 
-def _compile(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constants) -> Resources:
+def compile_kernel(kernel: Any, arch: Arch, types: Mapping[str, str], launch: Constants) -> Resources:
+    """Its resources. types and launch: as `_compiled` has them."""
     return Resources.of(_compiled(kernel, arch, types, launch, ASTSource))
 
 

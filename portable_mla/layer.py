@@ -114,7 +114,7 @@ class MLALayer(nn.Module):
         rows = hidden.new_empty(hidden.shape[0], latent + geometry.rope_dim)
         absorbed = hidden.new_empty(hidden.shape[0], self.heads, latent + geometry.rope_dim)
         w_uk, w_uv = self.up_projections()
-        with Fork(hidden.device, enabled=step.overlap) as fork:
+        with Fork(hidden, enabled=step.overlap) as fork:
             with fork.beside():
                 linear_into(self.kv_a_proj_with_mqa, hidden, rows)
             q_nope, q_pe = self._queries(hidden).split([geometry.nope_dim, geometry.rope_dim], dim=2)
@@ -130,7 +130,7 @@ class MLALayer(nn.Module):
         """[tokens, heads, v_dim], decodes in the absorbed form and prefills in the expanded one."""
         geometry, split = self.geometry, attention.split
         rows = hidden.new_empty(hidden.shape[0], geometry.latent_dim + geometry.rope_dim)
-        with Fork(hidden.device, enabled=step.overlap) as fork:
+        with Fork(hidden, enabled=step.overlap) as fork:
             with fork.beside():
                 linear_into(self.kv_a_proj_with_mqa, hidden, rows)
             q = self._queries(hidden)

@@ -19,7 +19,8 @@ class LayerStep:
 
     slots: [tokens] int64, `page * page_size + offset` of each new token, -1 for padding; positions: [tokens] int32 or
     int64, 0 for padding; cos_sin: `rope_table`, None without rope; longest_context: upper bound of what a prefill has
-    in the cache before its new tokens, 0 if none has any; overlap: a layer computes its queries beside its cache rows.
+    in the cache before its new tokens, 0 if none has any; overlap: a layer computes its queries beside its cache rows,
+    None: where `overlap_pays`.
     """
 
     attention: MLAAttention | MixedAttention
@@ -27,7 +28,7 @@ class LayerStep:
     positions: Tensor
     cos_sin: Tensor | None
     longest_context: int = 0
-    overlap: bool = False
+    overlap: bool | None = None
 
     @classmethod
     def of(

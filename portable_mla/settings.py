@@ -22,7 +22,8 @@ class Settings:
     deterministic: as if every call said deterministic=True.
     persistent_metadata: an attention keeps its metadata buffers; off, it allocates new ones each step, which no graph
     can capture.
-    overlap: a layer runs branches that do not need one another on two streams, unless its step says otherwise.
+    overlap: a layer runs branches that do not need one another on two streams, unless its step says otherwise; None:
+    where that was measured to pay.
     debug: values are checked on the host at each plan and call, which syncs, and kernels assert on the device.
     prefill_workspace: bytes of expanded context that a chunked prefill holds at once, where the caller gives no memory.
     require: architecture that must be present, or the test run stops (a GPU job cannot pass by skipping).
@@ -35,7 +36,7 @@ class Settings:
     disable: frozenset[str] = frozenset()
     deterministic: bool = False
     persistent_metadata: bool = True
-    overlap: bool = False
+    overlap: bool | None = None
     debug: bool = False
     prefill_workspace: int = 256 << 20
     require: str | None = None
@@ -96,7 +97,9 @@ VARIABLES: dict[str, Variable] = {
     f"{PREFIX}PERSISTENT_METADATA": _switch(
         "persistent_metadata", "1", "0: allocate metadata anew each step (same bits, slower, refuses graph capture)"
     ),
-    f"{PREFIX}OVERLAP": _switch("overlap", "0", "a layer's independent branches run on two streams (same bits)"),
+    f"{PREFIX}OVERLAP": _switch(
+        "overlap", "where it pays", "a layer's independent branches run on two streams (same bits)"
+    ),
     f"{PREFIX}DEBUG": _switch(
         "debug", "0", "check lengths and page ids by value at each plan and call (waits for the device)"
     ),

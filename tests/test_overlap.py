@@ -72,8 +72,8 @@ def test_on_a_gpu_the_layer_is_plain_mla_and_overlap_changes_no_bit(absorbed_onl
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("overlap", [False, True], ids=["serial", "overlapped"])
-def test_a_captured_step_of_several_layers_has_the_bits_of_an_eager_one(overlap: bool) -> None:
+@pytest.mark.parametrize("overlap", [False, True, None], ids=["serial", "overlapped", "by itself"])
+def test_a_captured_step_of_several_layers_has_the_bits_of_an_eager_one(overlap: bool | None) -> None:
     layer, hidden = gpu_layer()
     layers = 6
     server = Server(layer, True, CacheFormat.bf16)
@@ -87,7 +87,7 @@ def test_a_captured_step_of_several_layers_has_the_bits_of_an_eager_one(overlap:
     cos_sin = table(GEOMETRY, "cuda")
     token = hidden[9:10].clone()
 
-    def step(overlapped: bool) -> Tensor:
+    def step(overlapped: bool | None) -> Tensor:
         where = LayerStep.of(attention, batch, 1, cos_sin, overlap=overlapped)
         x = token
         for cache in caches:
@@ -124,7 +124,7 @@ def test_a_branch_waits_for_what_was_before_and_is_waited_for() -> None:
     for _ in range(20):
         for _ in range(30):
             x.add_(1)
-        with Fork(x.device, enabled=True) as fork:
+        with Fork(x, enabled=True) as fork:
             with fork.beside():
                 for _ in range(30):
                     torch.add(x, 1, out=other)
