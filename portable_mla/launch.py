@@ -72,6 +72,34 @@ class KernelLaunch:
             return None
         if len(self._at) >= _REMEMBERED_GRIDS:
             self._at.clear()
-        launch: Callable[..., None] = compiled[(*grid, 1, 1)[:3]]
+        launch: Callable[..., None] = straight(compiled, grid)
         self._at[key, grid] = launch
         return launch
+
+
+def straight(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """A launch of a compiled kernel on the current stream.
+
+    Triton's own looks up hooks and metadata at each launch, 4.5 of 17 us on an H100's host. On NVIDIA, where its
+    launcher is as it was in 3.6 to 3.9 and no hook is set when a launch is first remembered, it is called directly.
+    """
+    x, y, z = (*grid, 1, 1)[:3]
+    public: Callable[..., None] = compiled[x, y, z]  # also loads the kernel
+    run, function, metadata = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
+    if run is None or function is None or metadata is None or _hooked() or built_for_amd():
+        return public
+    if not torch.cuda.is_available():
+        return public
+    stream_of, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device
+
+    def launch(*arguments: Any) -> None:
+        run(x, y, z, stream_of(device()), function, metadata, None, None, None, *arguments)
+
+    return launch
+
+
+def _hooked() -> bool:
+    from triton import knobs
+
+    runtime = knobs.runtime
+    return runtime.launch_enter_hook is not None or runtime.launch_exit_hook is not None

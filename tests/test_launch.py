@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 
+from portable_mla import launch
 from portable_mla.launch import alignment
 
 
@@ -16,3 +21,44 @@ def test_on_amd_a_tensor_beyond_two_gigabytes_needs_a_kernel_of_its_own() -> Non
 def test_an_address_that_forbids_wide_access_needs_a_kernel_of_its_own() -> None:
     whole = torch.empty(64, dtype=torch.uint8)
     assert alignment(whole) != alignment(whole[1:])
+
+
+class _Compiled:
+    """A compiled kernel as Triton has it."""
+
+    function, packed_metadata = 11, (4, 0)
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append(("public", grid, *arguments))
+
+    def run(self, *arguments: Any) -> None:
+        self.calls.append(("direct", *arguments))
+
+
+class _NewerCompiled(_Compiled):
+    """One whose launcher has another name."""
+
+    run = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hooked", "launched"),
+    [
+        (_Compiled, False, ("direct", 5, 1, 1, 77, 11, (4, 0), None, None, None, "q", 3)),
+        (_Compiled, True, ("public", (5, 1, 1), "q", 3)),
+        (_NewerCompiled, False, ("public", (5, 1, 1), "q", 3)),
+    ],
+)
+def test_a_launch_goes_straight_to_the_launcher_where_it_is_known_and_unobserved(
+    kernel: type[_Compiled], hooked: bool, launched: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    monkeypatch.setattr(launch, "_hooked", lambda: hooked)
+    compiled = kernel()
+    launch.straight(compiled, (5,))("q", 3)
+    assert compiled.calls == [launched]

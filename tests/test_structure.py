@@ -16,9 +16,9 @@ from portable_mla.device import ARCHS
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
-    ("errors", "cache_format", "registry", "packages", "rope", "absorption", "overlap"),
+    ("errors", "cache_format", "registry", "packages", "rope", "absorption"),
     ("device",),
-    ("launch",),
+    ("launch", "overlap"),
     ("shape", "settings"),
     ("metadata",),
     ("backend", "models", "geometry", "pages"),
