@@ -9,7 +9,7 @@ from portable_mla.backends.triton.prefill_tile import PrefillRule, PrefillRules,
 from portable_mla.backends.triton.tile import FP8, GROUPED, DecodeRules, Rule, Tile, when
 
 # converted late, fp8 takes 437 registers of a narrow tile, early 297
-_WIDE = Tile(64, 32, 4, 1, converts_early=True, waves_per_eu=1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
+_WIDE = Tile(64, 32, 4, 1, conversion="early", waves_per_eu=1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 _MIDDLE = replace(_WIDE, block_h=32, num_stages=2)
 _NARROW = replace(_WIDE, block_h=16, num_stages=2)
 _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)

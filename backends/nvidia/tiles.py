@@ -9,9 +9,7 @@ from portable_mla.backends.triton.prefill_tile import PrefillRule, PrefillRules,
 from portable_mla.backends.triton.tile import FP8, GROUPED, DecodeRules, Rule, Tile, when
 
 # mma.sync, 99 KB of shared memory: the tile of Q and two or three tiles of K
-_SM89 = (
-    # 254 regs, 91 KB, 68 HMMA; 32x32 spills 307 times in the loop, its scales beside two row tiles
-    Rule(when(formats=GROUPED), Tile(16, 32, 4, 3)),
+_SM86_HALF = (
     # 255 regs, 74 KB, 136 HMMA. Forced on an H100, (128, 128, 4096): 1322 us; 16x32 1551, 32x16 2447
     Rule(when(latent_above=256, rows_above=16), Tile(32, 32, 4, 2)),
     # 186 regs, 91 KB, 68 HMMA; 3.9: 189
@@ -28,6 +26,16 @@ _SM89 = (
     Rule(when(rows_above=16), Tile(32, 64, 4, 4)),
     # 126 regs, 67 KB, 36 HMMA; 3.9: 126
     Rule(when(), Tile(16, 64, 4, 4)),
+)
+_SM86 = (
+    # 254 regs, 91 KB, 68 HMMA; 32x32 spills 307 times in the loop, its scales beside two row tiles
+    Rule(when(formats=GROUPED), Tile(16, 32, 4, 3)),
+    *_SM86_HALF,
+)
+_SM89 = (
+    # 236 regs, 63 KB, 68 HMMA; 32x32 spills 9 times in the loop
+    Rule(when(formats=FP8, latent_above=256), Tile(16, 32, 4, 3, conversion="pairs")),
+    *_SM86_HALF,
 )
 # mma.sync, 163 KB
 _SM80 = (
@@ -56,10 +64,12 @@ _SM80 = (
 _SM90 = (
     # 255 regs, 149 KB, 74 HGMMA; 32x64 spills 216 times in the loop, 32x32 203, 64x64 5
     Rule(when(formats=GROUPED, rows_above=16), Tile(64, 32, 8, 3)),
-    # 255 regs, 108 KB, 136 HMMA; 64x64 spills 69 times in the loop, 64x32 50
-    Rule(when(formats=FP8, latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
-    # 250 regs, 218 KB, 68 HMMA; converted late, values go from shared memory to PV a byte at a time
-    Rule(when(formats=FP8, latent_above=256), Tile(16, 64, 8, 3, converts_early=True)),
+    # 238 regs, 76 KB, 136 HMMA; 64x32 spills 58 times in the loop
+    Rule(when(formats=FP8, latent_above=256, rows_above=16), Tile(32, 64, 8, 2, conversion="pairs")),
+    # 255 regs, 32 B, 67 KB, 136 HMMA, 1106 instructions a tile
+    Rule(when(formats=GROUPED), Tile(16, 64, 4, 2, conversion="pairs", programs_per_unit=2)),
+    # 245 regs, 92 KB, 136 HMMA, 961 instructions a tile; converted late, 2598: values went to PV a byte at a time
+    Rule(when(formats=FP8, latent_above=256), Tile(16, 64, 4, 3, conversion="pairs", programs_per_unit=2)),
     # 255 regs, 24 B, 216 KB, 76 HGMMA; 3.9: 255, 424 B. Predicted 542 us at (128, 128, 4096), measured 534; 64x32 took
     # 648, 32x64 784, 16x32 957. Branching around the mask of whole tiles was predicted to gain 10 % (it stops the two
     # warpgroups from scoring twice) and lost 3 %: the weights then cross shared memory. Dropped
@@ -94,14 +104,16 @@ _SM90 = (
 )
 # 227 KB; mma.sync on purpose: pipelined tcgen05 tiles of 64 rows spill hundreds of bytes inside the loop
 _SM100 = (
-    # 254 regs, 164 KB, 68 HMMA; 32x64 spills 222 times in the loop
-    Rule(when(formats=GROUPED), Tile(16, 64, 8, 3)),
+    # 255 regs, 93 KB, 136 HMMA
+    Rule(when(formats=FP8, latent_above=256, rows_above=16), Tile(32, 64, 8, 2, conversion="pairs")),
+    # 236 regs, 63 KB, 68 HMMA; 16x64 spills once in the loop
+    Rule(when(formats=GROUPED), Tile(16, 32, 4, 3, conversion="pairs", programs_per_unit=2)),
+    # 239 regs, 92 KB, 136 HMMA; the sm90 row's reason
+    Rule(when(formats=FP8, latent_above=256), Tile(16, 64, 4, 3, conversion="pairs", programs_per_unit=2)),
     # 212 regs, 184 KB, 136 HMMA; 3.9: 212
     Rule(when(latent_above=256, rows_above=16, whole_tiles=64), Tile(32, 64, 8, 3, "descriptor")),
     # 194 regs, 184 KB, 136 HMMA; 3.9: 194
     Rule(when(latent_above=256, rows_above=16), Tile(32, 64, 8, 3)),
-    # 250 regs, 218 KB, 68 HMMA; the sm90 row's reason
-    Rule(when(formats=FP8, latent_above=256), Tile(16, 64, 8, 3, converts_early=True)),
     # 255 regs, 8 B, 164 KB, 136 HMMA; the sm90 row's measurement, for the same instructions
     Rule(when(latent_above=256, whole_tiles=64), Tile(16, 64, 4, 3, "descriptor")),
     # 145 regs, 164 KB, 68 HMMA
@@ -124,7 +136,7 @@ _SM120 = (
 )
 RULES: dict[str, DecodeRules] = {
     "sm80": _SM80,
-    "sm86": _SM89,
+    "sm86": _SM86,
     "sm89": _SM89,
     "sm90": _SM90,
     "sm100": _SM100,

@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from portable_mla.backends.triton.key_kernels import load_latent, load_rope
+from portable_mla.backends.triton.pair_decode_kernels import attend_pairs
 from portable_mla.backends.triton.program_kernels import grouped_program_id
+from portable_mla.backends.triton.tile_kernels import START_MAX, key_rows, load_pages
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 from portable_mla.metadata.status_kernels import QUERY_TOKENS, report_fault
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-START_MAX = tl.constexpr(-1.0e30)  # finite, so that rows that saw nothing never form inf - inf
 
 
 @triton.jit
@@ -24,30 +25,6 @@ def _table_row(table_header_ptr, request):
 def _load_query(q_row_ptr, row_valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     column = FIRST + tl.arange(0, WIDTH)
     return tl.load(q_row_ptr[:, None] + column[None, :], mask=row_valid[:, None], other=0.0)
-
-
-@triton.jit
-def _load_pages(table_row_ptr, tile, tile_hi, kv_len, pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Page of the tile, or of each of its positions where pages are smaller. Cells past the end are never read."""
-    if PAGE_SIZE % BLOCK_N == 0:
-        page = tl.load(table_row_ptr + tile * BLOCK_N // PAGE_SIZE, mask=tile < tile_hi, other=0)
-    else:
-        position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        end = tl.where(tile < tile_hi, kv_len, 0)
-        page = tl.load(table_row_ptr + position // PAGE_SIZE, mask=position < end, other=0)
-    tl.device_assert((page >= 0) & (page < pages), "the page table changed after it was planned")
-    return page
-
-
-@triton.jit
-def _key_rows(page, tile, kv_len, stride_kv_page, stride_kv_slot, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions, validity and cache offsets of the keys of one tile."""
-    position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    slot = position % PAGE_SIZE
-    if PAGE_SIZE % BLOCK_N == 0:
-        slot = tile * BLOCK_N % PAGE_SIZE + tl.arange(0, BLOCK_N)
-    offset = page.to(tl.int64) * stride_kv_page + slot.to(tl.int64) * stride_kv_slot
-    return position, position < kv_len, offset
 
 
 @triton.jit
@@ -88,15 +65,15 @@ def _attend(
     row_max = tl.full([BLOCK_H], START_MAX, tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, LATENT], tl.float32)
-    page = _load_pages(table_row_ptr, tile_lo, tile_hi, kv_len, pages, PAGE_SIZE, BLOCK_N)
+    page = load_pages(table_row_ptr, tile_lo, tile_hi, kv_len, pages, PAGE_SIZE, BLOCK_N)
     for tile in tl.range(tile_lo, tile_hi, num_stages=NUM_STAGES):
         # the page of the next tile is asked for one step ahead: loads that wait for a load would cost pipeline stages
-        next_page = _load_pages(table_row_ptr, tile + 1, tile_hi, kv_len, pages, PAGE_SIZE, BLOCK_N)
+        next_page = load_pages(table_row_ptr, tile + 1, tile_hi, kv_len, pages, PAGE_SIZE, BLOCK_N)
         if DESCRIPTORS:
             slot, position = _described_rows(tile, kv_len, PAGE_SIZE, BLOCK_N)
             latent = latent_desc.load([page, slot, 0]).reshape(BLOCK_N, LATENT)
         else:
-            position, valid, offset = _key_rows(page, tile, kv_len, stride_kv_page, stride_kv_slot, PAGE_SIZE, BLOCK_N)
+            position, valid, offset = key_rows(page, tile, kv_len, stride_kv_page, stride_kv_slot, PAGE_SIZE, BLOCK_N)
             latent = load_latent(kv_ptr, offset, valid, q_latent.dtype, LATENT, BLOCK_N, FLOAT8, GROUPED, EARLY)
         scores = tl.dot(q_latent, tl.trans(latent))
         if ROPE > 0:
@@ -196,6 +173,7 @@ def decode_kernel(
     FLOAT8: tl.constexpr,  # of an fp8 cache: "hardware" converts it, else the flavour of its uint8
     GROUPED: tl.constexpr,  # rows are fp8_656's
     EARLY: tl.constexpr,  # fp8 is converted once, before it is shared, else by each reader of it
+    PAIRS: tl.constexpr,  # fp8 is read two values at a time, for products in float16
 ):
     """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
     pid = grouped_program_id(NUM_XCDS)
@@ -223,12 +201,19 @@ def decode_kernel(
         q_rope = q_latent
         if ROPE > 0:
             q_rope = _load_query(q_row_ptr, row_valid, LATENT, ROPE)
-        acc, row_sum, row_max = _attend(
-            q_latent, q_rope, kv_ptr, latent_desc, rope_desc, _table_row(table_header_ptr, request),
-            tile_lo, tile_hi, kv_len, kv_len - query_len + (token - query_start) + 1, softmax_scale * LOG2_E, pages,
-            stride_kv_page, stride_kv_slot, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS,
-            FLOAT8, GROUPED, EARLY,
-        )  # fmt: skip
+        row_limit = kv_len - query_len + (token - query_start) + 1
+        if PAIRS:
+            acc, row_sum, row_max = attend_pairs(
+                q_latent, q_rope, kv_ptr, _table_row(table_header_ptr, request), tile_lo, tile_hi, kv_len, row_limit,
+                softmax_scale * LOG2_E, pages, stride_kv_page, stride_kv_slot,
+                LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, GROUPED,
+            )  # fmt: skip
+        else:
+            acc, row_sum, row_max = _attend(
+                q_latent, q_rope, kv_ptr, latent_desc, rope_desc, _table_row(table_header_ptr, request),
+                tile_lo, tile_hi, kv_len, row_limit, softmax_scale * LOG2_E, pages, stride_kv_page, stride_kv_slot,
+                LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS, FLOAT8, GROUPED, EARLY,
+            )  # fmt: skip
 
         acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
         if kv_scale_ptr is not None:

@@ -9,7 +9,8 @@ GROUP = tl.constexpr(128)  # latent values of one scale in fp8_656
 
 
 @triton.jit
-def _load_key(kv_ptr, offset, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def load_key(kv_ptr, offset, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of one tile's rows, zeros where they are not valid. offset: of each row."""
     column = FIRST + tl.arange(0, WIDTH)
     return tl.load((kv_ptr + offset)[:, None] + column[None, :], mask=valid[:, None], other=0.0)
 
@@ -33,13 +34,13 @@ def load_latent(
 ):  # fmt: skip
     """Latents of one tile, each group times its scale where rows carry them, else without the scale of the tensor."""
     if GROUPED and FLOAT8 == "hardware":
-        stored = _load_key(kv_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True), offset, valid, 0, LATENT)
+        stored = load_key(kv_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True), offset, valid, 0, LATENT)
     else:
-        stored = _load_key(kv_ptr, offset, valid, 0, LATENT)
+        stored = load_key(kv_ptr, offset, valid, 0, LATENT)
     if GROUPED:
         latent = _dequantise(stored, tl.float32, FLOAT8)
         group_ptr = (kv_ptr + LATENT).to(tl.pointer_type(tl.float32), bitcast=True)
-        scales = _load_key(group_ptr, offset // 4, valid, 0, LATENT // GROUP)
+        scales = load_key(group_ptr, offset // 4, valid, 0, LATENT // GROUP)
         groups = tl.reshape(latent, [BLOCK_N, LATENT // GROUP, GROUP]) * scales[:, :, None]
         return tl.reshape(groups.to(dtype), [BLOCK_N, LATENT])
     elif EARLY:
@@ -58,6 +59,6 @@ def load_rope(
     """Rope values of one tile: bfloat16 behind the scales where rows carry those, else stored like the latents."""
     if GROUPED:
         rope_ptr = (kv_ptr + LATENT + LATENT // GROUP * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-        return _load_key(rope_ptr, offset // 2, valid, 0, ROPE).to(dtype)
+        return load_key(rope_ptr, offset // 2, valid, 0, ROPE).to(dtype)
     else:
-        return _dequantise(_load_key(kv_ptr, offset, valid, LATENT, ROPE), dtype, FLOAT8)
+        return _dequantise(load_key(kv_ptr, offset, valid, LATENT, ROPE), dtype, FLOAT8)

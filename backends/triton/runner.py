@@ -94,7 +94,7 @@ class TritonRunner:
         q, cache, plan = inputs.q, self._as_read(inputs.kv_cache), self._metadata.split_plan
         assert plan is not None, "asked for in needs()"
         latent_desc, rope_desc = self._descriptors(cache)
-        decode = self._launches["pointer" if latent_desc is None else "descriptor"]
+        decode = self._launches["descriptor" if latent_desc is not None else self._gathered(cache)]
         results = (*out.stride()[:2], *lse.stride())
         strides = (*q.stride()[:2], *cache.stride()[:2], *results)
         key = (q.device.index, strides, alignment(q, cache, kv_scale, out, lse))
@@ -112,7 +112,13 @@ class TritonRunner:
         return {
             "descriptor": KernelLaunch(decode_kernel, self.decode_constants("descriptor") | options),
             "pointer": KernelLaunch(decode_kernel, self.decode_constants("pointer") | options),
+            "single": KernelLaunch(decode_kernel, self.decode_constants("pointer") | options | {"PAIRS": False}),
         }
+
+    def _gathered(self, cache: Tensor) -> str:
+        """The launch without descriptors: rows at odd addresses have no pairs of bytes that one load could take."""
+        odd = self._shape.cache_format.needs_scale and (cache.data_ptr() | cache.stride(0) | cache.stride(1)) & 1
+        return "single" if odd else "pointer"
 
     def _as_read(self, cache: Tensor) -> Tensor:
         """The cache as the kernel reads it: bytes, where no instruction converts its fp8."""
@@ -144,6 +150,7 @@ class TritonRunner:
             "ROW_TILES": row_tiles(self._rows, tile), "BLOCK_H": tile.block_h, "BLOCK_N": tile.block_n,
             "NUM_STAGES": tile.num_stages, "DESCRIPTORS": tile.loads == "descriptor", "NUM_XCDS": tile.num_xcds,
             "FLOAT8": self._float8, "GROUPED": shape.cache_format is CacheFormat.fp8_656,
-            "EARLY": shape.cache_format.needs_scale and tile.converts_early,
+            "EARLY": shape.cache_format.needs_scale and tile.conversion == "early",
+            "PAIRS": self._float8 == "hardware" and not self._amd and tile.conversion == "pairs",
             "num_warps": tile.num_warps, "num_stages": tile.num_stages, **(amd_options(tile) if self._amd else {}),
         }  # fmt: skip

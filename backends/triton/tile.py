@@ -8,6 +8,9 @@ from portable_mla.cache_format import CacheFormat
 
 Asked = TypeVar("Asked")
 Shape = TypeVar("Shape")
+# How fp8 becomes the dtype of the products: converted by each of its readers; once, before it is shared, where there is
+# one scale; or in pairs to float16, which takes NVIDIA's instruction for it and is "late" elsewhere.
+Conversion = Literal["late", "early", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Tile:
     num_stages: int
     loads: Literal["pointer", "descriptor"] = "pointer"
     programs_per_unit: int = 1  # resident programs on one SM or CU, the plan's parts are sized by it
-    converts_early: bool = False  # fp8 of one scale is converted once, before it is shared, not by each of its readers
+    conversion: Conversion = "late"
     min_tokens: int = 128  # a part shorter than this is not worth its partial result
     waves_per_eu: int = 0  # AMD only, as the three fields below
     matrix_instr_nonkdim: int = 0

@@ -1,12 +1,14 @@
 """Repairs of Triton's interpreter, for tests alone.
 
 It computes bfloat16 arithmetic on raw bit patterns and truncates where the hardware rounds to nearest even; it reads
-fp8's NaN as a number and does not know e4m3fnuz; its 3.6 cannot loop up to a loaded bound with numpy 2.4.
+fp8's NaN as a number and does not know e4m3fnuz; it runs no PTX; its 3.6 cannot loop up to a loaded bound with numpy
+2.4.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -94,6 +96,24 @@ def _repaired_float8(original: Callable[..., Any]) -> Callable[..., Any]:
     return convert_float
 
 
+class Outputs(list[Handle]):
+    """Of inline assembly."""
+
+    def get_result(self, index: int) -> Handle:
+        return self[index]
+
+
+def _split_pairs(self: Any, assembly: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int) -> Any:
+    """The one piece of PTX there is: two int16 are permuted by byte, and each half converted to two float16."""
+    selector = re.search(r"prmt.b32 both, \$2, 0, 0x([0-3]{4});", assembly)
+    assert selector is not None and assembly.count("cvt.rn.f16x2.e4m3x2") == 2 and pack == 2, assembly
+    (handle,) = values
+    both = np.ascontiguousarray(handle.data).view(np.uint8).reshape(-1, 4)[:, [int(one) for one in selector[1][::-1]]]
+    halves = (np.ascontiguousarray(both[:, half : half + 2]) for half in (0, 2))
+    wide = (torch.from_numpy(half).view(torch.float8_e4m3fn).to(torch.float16).numpy() for half in halves)
+    return Outputs(interpreter.TensorHandle(one.reshape(handle.data.shape), tl.float16) for one in wide)
+
+
 def _repaired_language(original: Callable[..., Any]) -> Callable[..., Any]:
     """Triton replaces how a type is found anew for each launch."""
 
@@ -135,6 +155,7 @@ REPAIRS: dict[str, tuple[Patch, ...]] = {
         _patch(interpreter, "_patch_lang_core", _repaired_language),
         _patch(interpreter, "_convert_float", lambda original: _repaired_float8(_repaired_conversion(original))),
     ),
+    "assembly": (_patch(Builder, "create_inline_asm", lambda _: _split_pairs),),
     "loop bounds": (_patch(interpreter, "_patch_lang_tensor", _repaired_tensor_patch),),
 }
 

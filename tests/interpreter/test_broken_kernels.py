@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from portable_mla.backends.triton import combine, combine_kernels, decode_kernels, key_kernels, runner
+from portable_mla.backends.triton import (
+    combine,
+    combine_kernels,
+    decode_kernels,
+    key_kernels,
+    pair_decode_kernels,
+    pair_kernels,
+    runner,
+    tile_kernels,
+)
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.metadata import split_kernels, split_plan
 from tests.cases import Case
@@ -53,23 +62,27 @@ class Mutant:
 LAUNCHES = {
     decode_kernels: (runner, ("decode_kernel",)),
     key_kernels: (decode_kernels, ("load_latent", "load_rope")),
+    pair_decode_kernels: (decode_kernels, ("attend_pairs",)),
+    pair_kernels: (pair_decode_kernels, ("join_quarters", "query_units", "split_pairs")),
+    tile_kernels: (decode_kernels, ("key_rows", "load_pages")),
     combine_kernels: (combine, ("combine_kernel",)),
     split_kernels: (split_plan, ("plan_splits_kernel",)),
 }
 NO_RESCALE = (combine_kernels, "acc = acc * rescale[:, None] + tl.sum(", "acc = acc + tl.sum(")
 SCALED = Case((100, 40), 16, **SMALL, cache="fp8_e4m3")
 GROUPED = Case((100, 40), 16, cache="fp8_656", seed=1)
+PAIRS = replace(TILE, conversion="pairs")
 MUTANTS = {
     "the last token is dropped": Mutant(
-        decode_kernels,
+        tile_kernels,
         "return position, position < kv_len, offset",
         "return tl.where(position == kv_len - 1, kv_len, position), position < kv_len - 1, offset",
     ),
     "the causal limit is one too high": Mutant(
-        decode_kernels, "(token - query_start) + 1,", "(token - query_start) + 2,", SEVERAL_QUERIES
+        decode_kernels, "(token - query_start) + 1", "(token - query_start) + 2", SEVERAL_QUERIES
     ),
     "the causal limit is one too low": Mutant(
-        decode_kernels, "(token - query_start) + 1,", "(token - query_start),", SEVERAL_QUERIES
+        decode_kernels, "(token - query_start) + 1", "(token - query_start)", SEVERAL_QUERIES
     ),
     "the last tile of a descriptor counts rows twice": Mutant(
         decode_kernels,
@@ -95,6 +108,33 @@ MUTANTS = {
     ),
     "rope is read where the scales are": Mutant(
         key_kernels, "(kv_ptr + LATENT + LATENT // GROUP * 4)", "(kv_ptr + LATENT)", GROUPED
+    ),
+    "even columns are taken for odd ones": Mutant(pair_kernels, "0x3120", "0x2031", SCALED, PAIRS),
+    "the power of two is not the queries'": Mutant(
+        pair_kernels, "inverse = (254 << 23) - power", "inverse = (253 << 23) - power", SCALED, PAIRS
+    ),
+    "runs of columns change places": Mutant(
+        pair_kernels, "_join_halves(a, b), _join_halves(c, d)", "_join_halves(a, c), _join_halves(b, d)", SCALED, PAIRS
+    ),
+    "weights do not follow the largest scale": Mutant(
+        pair_decode_kernels,
+        "rescale *= largest / new_largest",
+        "rescale *= 1.0",
+        Case((900, 100), 16, content="fingerprint", cache="fp8_656"),
+        PAIRS,
+    ),
+    "a group's scale is not in its scores": Mutant(
+        pair_decode_kernels, "q_2, pairs_2) * tl.trans(scale_2)", "q_2, pairs_2) * tl.trans(scale_1)", GROUPED, PAIRS
+    ),
+    "a group's scale is not in its values": Mutant(
+        pair_decode_kernels, "weights * tl.trans(scale_3)", "weights * tl.trans(scale_2)", GROUPED, PAIRS
+    ),
+    "pairs do not rescale": Mutant(
+        pair_decode_kernels,
+        "tl.dot(weights, odd, acc_odd * rescale[:, None])",
+        "tl.dot(weights, odd, acc_odd)",
+        SCALED,
+        PAIRS,
     ),
     "the plan drops a tile at each cut": Mutant(
         split_kernels, "(part + 1) * share - origin)", "(part + 1) * share - origin - 1)"
