@@ -3,7 +3,7 @@
     python -m ci.bench_cache [--only tiles,decode,write] [--formats fp8_656 ...] [--tiles 16x64w8s3p1 ...] [--json FILE]
 
 Microseconds a call in CUDA graphs, over caches larger than L2. "tiles" tries launch shapes of the fp8 formats, written
-as block_h x block_n, warps, stages, programs a unit, and "e" where values are converted before they are shared;
+as block_h x block_n, warps, stages, programs a unit, and "-early" or "-pairs" for a conversion that is not late;
 "decode" then takes the best beside the one of the tile rules. A result is held to that of the bfloat16 kernel over the
 dequantised cache before it is timed.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -32,7 +32,7 @@ from portable_mla import CacheFormat, arch_of, rope_table, write_latent
 from portable_mla.backend import DecodeInputs
 from portable_mla.backends.triton.backend import TritonBackend
 from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import Tile
+from portable_mla.backends.triton.tile import Conversion, Tile
 from portable_mla.cache_format import dequantise_rows, quantise_rows
 from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, Needs, Status
@@ -44,32 +44,31 @@ GOALS = {"fp8_e4m3": 1.6, "fp8_e4m3fnuz": 1.6, "fp8_656": 1.4}
 MOST_DIFFERENT = 6e-3  # relative, of two bfloat16 results
 KV_SCALE = 2.0**-6  # a power of two: dequantised values are exact in bfloat16
 TOKENS = (1, 32, 128, 4096)
-_TILE = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)p(\d+)(e?)")
+_TILE = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)p(\d+)(?:-(early|pairs))?")
 
 
 def tile_named(name: str) -> Tile:
-    """16x64w8s3p1e: block_h, block_n, warps, stages, programs a unit, and whether it converts early."""
+    """16x64w4s3p2-pairs: block_h, block_n, warps, stages, programs a unit, and the conversion."""
     found = _TILE.fullmatch(name)
     if found is None:
-        raise argparse.ArgumentTypeError(f"expected a tile such as 16x64w8s3p1, got {name!r}")
+        raise argparse.ArgumentTypeError(f"expected a tile such as 16x64w4s3p2-pairs, got {name!r}")
     block_h, block_n, warps, stages, programs = map(int, found.groups()[:5])
-    return Tile(block_h, block_n, warps, stages, programs_per_unit=programs, converts_early=bool(found[6]))
+    conversion = cast(Conversion, found[6] or "late")
+    return Tile(block_h, block_n, warps, stages, programs_per_unit=programs, conversion=conversion)
 
 
 def name_of(tile: Tile) -> str:
     """What `tile_named` reads."""
     name = f"{tile.block_h}x{tile.block_n}w{tile.num_warps}s{tile.num_stages}p{tile.programs_per_unit}"
-    name += "e" if tile.converts_early else ""
+    name += "" if tile.conversion == "late" else f"-{tile.conversion}"
     return name if tile.loads == "pointer" else f"{name} {tile.loads}"
 
 
 def candidates() -> list[Tile]:
     """Launch shapes for 16 rows."""
-    narrow = itertools.product((16,), (32, 64, 128), (4, 8), (2, 3, 4), (1, 2), (False, True))
-    wide = itertools.product((64,), (32, 64), (4, 8), (2, 3), (1,), (False, True))
-    return [
-        Tile(h, n, w, s, programs_per_unit=p, converts_early=early) for h, n, w, s, p, early in (*narrow, *wide)
-    ]  # fmt: skip
+    names = ["16x32w4s2p2", "16x32w4s3p2", "16x32w4s4p2", "16x64w4s2p2", "16x64w4s3p2", "16x64w4s3p1", "16x64w4s4p1"]
+    names += ["16x32w8s3p1", "16x64w8s2p1", "16x64w8s3p1", "16x64w8s4p1", "16x128w8s2p1", "16x128w8s3p1", "32x64w8s2p1"]
+    return [tile_named(name) for name in (*(f"{name}-pairs" for name in names), "16x64w4s4p2", "16x32w4s2p2")]
 
 
 def formats() -> tuple[CacheFormat, ...]:
@@ -144,7 +143,7 @@ def compile_tile(job: tuple[str, str]) -> str:
 def compile_tiles(tiles: Sequence[Tile], wanted: Sequence[CacheFormat], workers: int) -> list[tuple[str, Tile]]:
     """Format and tile of those that compile; compiled in processes, since each takes seconds."""
     jobs = [
-        (one.name, name_of(tile)) for one in wanted for tile in tiles if one.needs_scale or not tile.converts_early
+        (one.name, name_of(tile)) for one in wanted for tile in tiles if one.needs_scale or tile.conversion != "early"
     ]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         faults = list(pool.map(compile_tile, jobs))
