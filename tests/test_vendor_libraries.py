@@ -170,6 +170,7 @@ def test_aiter_refuses_what_its_allow_list_leaves_out(here: Machine, changes: di
         ("flash_attn3", {"shape": shape(latent_dim=256)}, "needs latent+rope of 512+64, got 256+64"),
         ("flash_attn3", {"deterministic": True}, "needs deterministic off"),
         ("flashinfer", {"shape": shape(cache_format=CacheFormat.fp8_656)}, "fa3: needs a bf16 or fp16 cache"),
+        ("flashinfer", {"shape": shape(page_size=1), "max_query_len": 3}, "fa3: needs a page_size above 1 for several"),
     ],
 )
 def test_every_refusal_quotes_both_sides(here: Machine, backend: str, changes: dict[str, object], why: str) -> None:
