@@ -64,9 +64,17 @@ def run_check(arch: str, name: str) -> Outcome:
     start = time.perf_counter()
     try:
         passed, detail = True, _detail(arch, name)
-    except (AssertionError, NotImplementedError) as error:
-        passed, detail = False, str(error).splitlines()[0] if str(error) else traceback.format_exc(limit=-1)
+    except Exception as error:  # noqa: BLE001 (whatever ends a check is its outcome, and others go on)
+        passed, detail = False, _said(error)
     return Outcome(arch, name, passed, detail, round(time.perf_counter() - start, 1))
+
+
+def _said(error: Exception) -> str:
+    """An error in one line, or as its traceback ends where it has no message."""
+    if not str(error):
+        return traceback.format_exc(limit=-1)
+    first = str(error).splitlines()[0]
+    return first if isinstance(error, AssertionError | NotImplementedError) else f"{type(error).__name__}: {first}"
 
 
 def _detail(arch: str, name: str) -> str:

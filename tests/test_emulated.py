@@ -9,14 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ci.emulate import run_check
+from ci.emulated import float8
+from ci.emulated.checks import CHECKS
 from ci.emulated.code_object import pack_arguments
-from ci.emulated.lanes import WAVE, Lanes
-from ci.emulated.memory import M0, buffer_to_lds, global_to_lds
+from ci.emulated.instructions import repair_of
+from ci.emulated.lanes import VECTOR, WAVE, Lanes
+from ci.emulated.memory import M0, buffer_to_lds, global_to_lds, read_buffer, read_transposed, write_buffer
 from ci.emulated.source import COMMIT, VARIABLE, NoEmulator, check_source
 from ci.evidence import read_evidence, record_emulated
 
@@ -110,6 +115,104 @@ def test_a_load_into_lds_by_address_counts_its_offset_on_both_sides() -> None:
     scalar, vector = SimpleNamespace(offset=0), SimpleNamespace(offset=256)
     global_to_lds(4)(SimpleNamespace(saddr=scalar, addr=vector, offset=(1 << 13) - 4), lanes)
     assert lanes.lds[60 : 60 + 4 * WAVE].view(np.int32).tolist() == list(range(0, 2 * WAVE, 2))
+
+
+def of_buffer(data: int, offset: int) -> SimpleNamespace:
+    """An access of the buffer s[0:3] at v0 and an offset; v[data] is loaded or stored."""
+    first, zero = SimpleNamespace(offset=0), SimpleNamespace(offset=128)
+    return SimpleNamespace(
+        srsrc=first, vaddr=SimpleNamespace(offset=VECTOR), soffset=zero, offset=offset, offen=1, idxen=0,
+        vdata=SimpleNamespace(offset=VECTOR + data),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+@pytest.mark.parametrize("half", ["", "low", "high"])
+def test_a_load_of_less_than_a_word_takes_its_bytes_and_zeros_behind_the_end(dtype: Any, half: str) -> None:
+    source = torch.arange(4 * WAVE, dtype=torch.int32) * 0x01234567
+    size = np.dtype(dtype).itemsize
+    lanes = wave_over(source, step=size)
+    lanes.scalars[2] = 40 * size + size  # lane 39's is the last: it is read from an offset of one value
+    lanes.active[3] = False
+    lanes.vectors[1] = 0xABCD1234
+    read_buffer(dtype, half)(of_buffer(1, offset=size), lanes)
+    values = source.numpy().view(dtype)[1 : WAVE + 1].astype(np.int64)
+    for lane in range(WAVE):
+        word = int(values[lane]) & 0xFFFFFFFF if lane < 40 else 0
+        kept = {"": word, "low": 0xABCD0000 | word & 0xFFFF, "high": 0x1234 | (word & 0xFFFF) << 16}[half]
+        assert int(lanes.vectors[1, lane]) == (0xABCD1234 if lane == 3 else kept), f"lane {lane}"
+
+
+@pytest.mark.parametrize(("size", "shift"), [(1, 0), (2, 0), (1, 16), (2, 16)])
+def test_a_store_of_less_than_a_word_leaves_the_bytes_beside_it(size: int, shift: int) -> None:
+    target = torch.full((4 * WAVE,), 0x77, dtype=torch.uint8)
+    lanes = wave_over(target, step=2 * size)
+    lanes.scalars[2] = 40 * 2 * size
+    lanes.active[3] = False
+    lanes.vectors[1] = np.arange(WAVE) * 0x01030507 & 0xFFFFFFFF
+    write_buffer(size, shift)(of_buffer(1, offset=size), lanes)
+    expected = np.full(4 * WAVE, 0x77, np.uint8)
+    for lane in set(range(40)) - {3}:
+        word = int(lanes.vectors[1, lane]) >> shift & (1 << 8 * size) - 1
+        expected[size + 2 * size * lane :][:size] = np.frombuffer(word.to_bytes(size, "little"), np.uint8)
+    assert target.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_transposing_read_gives_each_lane_a_column_of_its_sixteens_rows(dtype: Any) -> None:
+    each, rng = 8 // np.dtype(dtype).itemsize, np.random.default_rng(1)
+    lanes = wave_over(torch.zeros(1), step=0)
+    lanes.lds[:] = rng.integers(0, 256, lanes.lds.size)
+    lanes.vectors[0] = rng.permutation(WAVE) * 32  # rows need not lie behind one another
+    places = [SimpleNamespace(offset=VECTOR + index) for index in (0, 2)]
+    read_transposed(dtype)(SimpleNamespace(addr=places[0], vdst=places[1], offset0=16, offset1=1), lanes)
+    found = np.ascontiguousarray(lanes.vectors[2:4].T).view(dtype)  # [lane, value]
+    for lane in range(WAVE):
+        column, first = lane % 16, lane // 16 * 16
+        for row in range(each):  # as many rows as a lane has values, each fetched by 16 / each lanes
+            fetched = int(lanes.vectors[0, first + row * (16 // each) + column // each]) + 256 + 16
+            assert found[lane, row] == lanes.lds[fetched:].view(dtype)[column % each], f"lane {lane}, row {row}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e4m3fn])
+def test_pairs_of_fp8_are_those_of_the_architecture(dtype: torch.dtype) -> None:
+    lanes = wave_over(torch.zeros(1), step=0)
+    lanes.fnuz = dtype is torch.float8_e4m3fnuz
+    lanes.vectors[1] = np.arange(4 * WAVE, dtype=np.uint8).view(np.uint32)
+    expected = torch.arange(4 * WAVE, dtype=torch.uint8).view(dtype).float().reshape(WAVE, 4)
+    lanes.scalars[242] = np.float32(1.0).view(np.uint32)  # where operands find the constant
+    source, target, one = (SimpleNamespace(offset=at) for at in (VECTOR + 1, VECTOR + 2, 242))
+
+    def check(upper: bool, times: float = 1.0) -> None:
+        found = torch.from_numpy(lanes.vectors[2:4].view(np.float32).T.copy())
+        torch.testing.assert_close(found, expected[:, 2 * upper :][:, :2] * times, rtol=0, atol=0, equal_nan=True)
+
+    float8.widen_pair(SimpleNamespace(src0=source, vdst=target), lanes)
+    check(upper=False)
+    for upper in (False, True):
+        half = float8.WORD_1 if upper else float8.WORD_0
+        float8.widen_selected_pair(SimpleNamespace(vsrc0=source, vdst=target, src0_sel=half, s0=0), lanes)
+        check(upper)
+        float8.widen_scaled_pair(SimpleNamespace(src0=source, src1=one, vdst=target, opsel=int(upper)), lanes)
+        check(upper)
+    lanes.scalars[242] = np.float32(0.375).view(np.uint32)  # of which the exponent counts: 2**-2
+    float8.widen_scaled_pair(SimpleNamespace(src0=source, src1=one, vdst=target, opsel=0), lanes)
+    check(upper=False, times=0.25)
+
+
+def test_a_conversion_of_fp8_that_is_not_ours_is_refused() -> None:
+    assert repair_of("VOP1_SDWA", "V_CVT_PK_F32_FP8_E32") is float8.widen_selected_pair
+    with pytest.raises(NotImplementedError, match="float8.py has no VOP3 V_CVT_PK_FP8_F32"):
+        repair_of("VOP3", "V_CVT_PK_FP8_F32")
+
+
+def test_whatever_ends_a_check_is_its_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arch: str) -> None:
+        raise RuntimeError("unknown variable")
+
+    monkeypatch.setitem(CHECKS, "merge", fail)
+    outcome = run_check("gfx942", "merge")
+    assert (outcome.passed, outcome.detail) == (False, "RuntimeError: unknown variable")
 
 
 def test_what_passed_is_noted_beside_what_was_there(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from unittest.mock import patch
 
 import torch
 
-from portable_mla import merge, merge_kernels
+from portable_mla import CacheFormat, cache_write_kernels, merge, merge_kernels, write_launch
 from portable_mla.backends.triton import combine, combine_kernels, decode_kernels, prefill_runner, runner
+from portable_mla.cache_write import write_in_torch
+from portable_mla.device import ARCHS
 from portable_mla.dispatch import load
 from portable_mla.metadata import Limits, Status, ragged, split_kernels, split_plan
 from portable_mla.metadata.split_plan import PlanShape
@@ -28,6 +30,7 @@ from tests.interpreter.test_broken_kernels import Mutant
 from tests.interpreter.test_combine import KINDS, assert_merged_as_defined
 from tests.interpreter.test_ragged import RaggedCase, assert_ragged_as_defined
 from tests.interpreter.test_split_plan import PlanCase, assert_planned_as_defined
+from tests.write_cases import WriteCase, written_bytes
 
 Check = Callable[[str], Errors | None]  # of an architecture; AssertionError where the result is wrong
 TWO_GIB = 1 << 31
@@ -56,10 +59,45 @@ PREFILLS = {
     "192+64/256, not causal": prefill_cases.PrefillCase((33,), (90,), 1, (192, 64, 256), causal=False),
     "64+32/64, fp16": prefill_cases.PrefillCase((70, 5), (70, 64), 2, (64, 32, 64), "fp16"),
 }
+# The same over fp8: "scaled" stands for the format with one scale that the architecture reads.
+FP8_DECODES = {
+    "scaled, 16 heads": (Case((100, 40), 16), 4),
+    "scaled, 64 heads, page 1": (Case((70,), 64, page_size=1, seed=1), 4),
+    "fp8_656, 16 heads": (Case((100, 40), 16, cache="fp8_656", seed=1), 4),
+    "fp8_656, 40 heads, 2 tokens": (Case((65, 3), 40, cache="fp8_656", max_query_len=2, page_size=64), 6),
+}
+WRITES = {
+    "bf16": WriteCase(),
+    "fp16, half, gaps": WriteCase(CacheFormat.fp16, torch.float16, "half", gaps=True, index=torch.int64),
+    "scaled": WriteCase(CacheFormat.fp8_e4m3),
+    "scaled, 128+32": WriteCase(CacheFormat.fp8_e4m3, latent_dim=128, rope_dim=32, scale=7.0),
+    "fp8_656": WriteCase(CacheFormat.fp8_656),
+}
 
 
 def _decode(name: str, arch: str) -> Errors:
     return solve_as(arch, *DECODES[name])
+
+
+def _scaled(arch: str) -> CacheFormat:
+    return next(one for one in CacheFormat if one.needs_scale and one.dtype is ARCHS[arch].float8)
+
+
+def _decode_fp8(name: str, arch: str) -> Errors:
+    case, units = FP8_DECODES[name]
+    return solve_as(arch, replace(case, cache=case.cache or _scaled(arch).name), units)
+
+
+def _write(name: str, arch: str) -> None:
+    """The cache write, bit for bit what torch's operations write."""
+    case = WRITES[name]
+    if case.cache_format.needs_scale:
+        case = replace(case, cache_format=_scaled(arch))
+    expected, got = case.build(), case.build()
+    write_in_torch(expected)
+    write_launch.launch_write(got)
+    for part, bits in written_bytes(expected).items():
+        assert torch.equal(written_bytes(got)[part], bits), f"{part} has other bits"
 
 
 def beyond_two_gib(arch: str) -> Errors:
@@ -134,6 +172,8 @@ CHECKS: dict[str, Check] = {
     "plan": functools.partial(plan, fixed=False),
     "plan fixed": functools.partial(plan, fixed=True),
     "kv indices": kv_indices,
+    **{f"decode {name}": functools.partial(_decode_fp8, name) for name in FP8_DECODES},
+    **{f"write {name}": functools.partial(_write, name) for name in WRITES},
     **{f"prefill {name}": functools.partial(_prefill, name) for name in PREFILLS},
     "merge": merging,
 }
@@ -157,6 +197,11 @@ MUTANTS: dict[str, tuple[ModuleType, str, Mutant, Check]] = {
         split_plan, "plan_splits_kernel",
         Mutant(split_kernels, "(part + 1) * share - origin)", "(part + 1) * share - origin - 1)"),
         functools.partial(plan, fixed=False),
+    ),
+    "the write forgets the norm's weight": (
+        cache_write_kernels, "write_latent_kernel",
+        Mutant(cache_write_kernels, "return latent * factor * weight", "return latent * factor"),
+        functools.partial(_write, "bf16"),
     ),
     "merge leaves out the last part": (
         merge_kernels, "merge_kernel",
@@ -182,7 +227,9 @@ def caught(name: str, arch: str) -> str:
 @contextmanager
 def _launches_anew() -> Iterator[None]:
     """No launch is remembered from before, nor afterwards."""
-    remembered: tuple[Any, ...] = (split_plan._launch, ragged._launch, prefill_runner._launch, merge._merge_launch)
+    remembered: tuple[Any, ...] = (
+        split_plan._launch, ragged._launch, prefill_runner._launch, merge._merge_launch, write_launch._launch
+    )  # fmt: skip
     for launch in remembered:
         launch.cache_clear()
     try:

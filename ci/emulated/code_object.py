@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 LOADED, SYMBOL_TABLES = 1, (2, 11)  # of ELF: segments that are mapped, sections with symbols
+MACHINE, GFX942 = 48, 0x4C  # the byte that says which machine a file is for, and one such
 PAGE = 4096
 HIDDEN = 256  # bytes of hidden arguments at the end of an argument block
 SCALARS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
@@ -40,10 +41,11 @@ class _Symbol:
 
 
 class CodeObject:
-    """A kernel ready to run. shared: bytes of LDS that a workgroup gets; scratch: bytes of a lane."""
+    """A kernel ready to run. shared: bytes of LDS that a workgroup gets; scratch: bytes of a lane; fnuz: its fp8 is."""
 
     def __init__(self, binary: bytes, name: str, shared: int) -> None:
         self.name, self.shared = name, shared
+        self.fnuz = binary[MACHINE] == GFX942
         self._memory, base = _map_segments(binary)
         symbols = dict(_symbols(binary))
         descriptor = base + symbols[f"{name}.kd"].address

@@ -18,13 +18,14 @@ LANE = np.arange(WAVE)
 
 @dataclass
 class Lanes:
-    """Registers of a wave, [register] or [register, lane], and the workgroup's LDS in bytes."""
+    """Registers of a wave, [register] or [register, lane], and the workgroup's LDS in bytes; fnuz: its fp8 is."""
 
     scalars: Words
     vectors: Words
     accumulators: Words
     lds: NDArray[np.uint8]
     active: NDArray[np.bool_] = field(default_factory=lambda: np.ones(WAVE, np.bool_))
+    fnuz: bool = False
 
     def read_active(self) -> None:
         """What EXEC says now."""

@@ -1,4 +1,4 @@
-"""Reads and writes of LDS, and atomics on memory."""
+"""Reads and writes of LDS, of memory through buffers, and atomics."""
 
 from __future__ import annotations
 
@@ -46,15 +46,18 @@ def read_lds(size: int, half: str = "") -> Repair:
         bank, first = lanes.bank(instruction), register(instruction.vdst)
         if size < 4:
             value = found.view({1: np.uint8, 2: np.uint16}[size])[:, 0].astype(np.uint32)
-            if half == "low":
-                value = bank[first] & np.uint32(0xFFFF0000) | value
-            if half == "high":
-                value = bank[first] & np.uint32(0x0000FFFF) | value << np.uint32(16)
-            _put(bank, first, value[:, None], lanes.active)
+            _put(bank, first, _beside(bank[first], value, half)[:, None], lanes.active)
         else:
             _put(bank, first, found.view(np.uint32), lanes.active)
 
     return read
+
+
+def _beside(old: Words, value: Words, half: str) -> Words:
+    """The register when 16 bits go to a half of it, and the other one stays; or the value alone."""
+    if half == "low":
+        return old & np.uint32(0xFFFF0000) | value & np.uint32(0xFFFF)
+    return old & np.uint32(0x0000FFFF) | value << np.uint32(16) if half == "high" else value
 
 
 def write_lds(size: int, shift: int = 0) -> Repair:
@@ -97,12 +100,19 @@ def write_lds_twice(size: int, stride: int) -> Repair:
     return write
 
 
-def read_transposed(instruction: Any, lanes: Lanes) -> None:
-    """gfx950: 16 lanes fetch 4 rows of 16 values of 16 bits, 4 values a lane; each receives a column."""
-    found = _lds_bytes(lanes, lds_addresses(instruction, lanes, lds_offset(instruction)), 8)
-    columns = found.view(np.uint16).reshape(4, 4, 16).transpose(0, 2, 1)
-    words = np.ascontiguousarray(columns).reshape(WAVE, 4).view(np.uint32)
-    _put(lanes.bank(instruction), register(instruction.vdst), words, lanes.active)
+def read_transposed(dtype: Any) -> Repair:
+    """gfx950: 16 lanes fetch rows of 16 values, 8 bytes a lane, which receives a column of them.
+
+    Four rows of 16 bits, four lanes each; or eight rows of 8 bits, two lanes each.
+    """
+
+    def read(instruction: Any, lanes: Lanes) -> None:
+        found = _lds_bytes(lanes, lds_addresses(instruction, lanes, lds_offset(instruction)), 8)
+        columns = found.view(dtype).reshape(4, -1, 16).transpose(0, 2, 1)
+        words = np.ascontiguousarray(columns).reshape(WAVE, -1).view(np.uint32)
+        _put(lanes.bank(instruction), register(instruction.vdst), words, lanes.active)
+
+    return read
 
 
 def global_addresses(instruction: Any, lanes: Lanes) -> NDArray[np.int64]:
@@ -126,12 +136,45 @@ def buffer_addresses(instruction: Any, lanes: Lanes) -> NDArray[np.int64]:
     return base + own + int(instruction.offset) + int(lanes.scalars[int(instruction.soffset.offset)])
 
 
+def read_buffer(dtype: Any, half: str = "") -> Repair:
+    """One value of less than 32 bits a lane, 0 where the buffer has ended; half: as of read_lds."""
+    size = np.dtype(dtype).itemsize
+
+    def read(instruction: Any, lanes: Lanes) -> None:
+        addresses, within = _buffer_places(instruction, lanes)
+        bank, first = lanes.bank(instruction), register(instruction.vdata)
+        value = np.zeros(WAVE, dtype)
+        for lane in np.nonzero(within)[0]:
+            value[lane] = np.frombuffer(ctypes.string_at(int(addresses[lane]), size), dtype)[0]
+        words = value.astype(np.int64).astype(np.uint32)  # a negative one with its sign
+        _put(bank, first, _beside(bank[first], words, half)[:, None], lanes.active)
+
+    return read
+
+
+def write_buffer(size: int, shift: int = 0) -> Repair:
+    """size: bytes of a lane, from the bits above `shift` of its register; nothing where the buffer has ended."""
+
+    def write(instruction: Any, lanes: Lanes) -> None:
+        addresses, within = _buffer_places(instruction, lanes)
+        words = lanes.bank(instruction)[register(instruction.vdata)] >> np.uint32(shift)
+        for lane in np.nonzero(within)[0]:
+            ctypes.memmove(int(addresses[lane]), words[lane].tobytes(), size)
+
+    return write
+
+
+def _buffer_places(instruction: Any, lanes: Lanes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Of each lane: its address, and whether it is active and the buffer has not ended there."""
+    addresses = buffer_addresses(instruction, lanes)
+    return addresses, lanes.active & (addresses - _place(instruction, lanes) < _records(instruction, lanes))
+
+
 def buffer_to_lds(size: int) -> Repair:
     """Through a buffer straight into LDS, from M0 on, `size` bytes a lane; zeros where the buffer has ended."""
 
     def load(instruction: Any, lanes: Lanes) -> None:
-        addresses = buffer_addresses(instruction, lanes)
-        within = addresses - _place(instruction, lanes) < _records(instruction, lanes)
+        addresses, within = _buffer_places(instruction, lanes)
         _load_to_lds(lanes, np.where(within, addresses, 0), int(instruction.offset), size)
 
     return load

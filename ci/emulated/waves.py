@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ci.emulated.code_object import CodeObject
-from ci.emulated.instructions import Lanes, repair_of
+from ci.emulated.instructions import repair_of
+from ci.emulated.lanes import Lanes
 from ci.emulated.source import decoder, emulator
 
 WAVE, REGISTERS, SCALARS = 64, 256, 260
@@ -47,11 +48,11 @@ class _Wave:
         self.scalars = _words(self.state.sgpr_buf._buf.va_addr, SCALARS)
         self.vectors = _words(self.state.vgpr_buf._buf.va_addr, REGISTERS * WAVE).reshape(REGISTERS, WAVE)
         self.accumulators = _words(self.state.accvgpr_buf._buf.va_addr, REGISTERS * WAVE).reshape(REGISTERS, WAVE)
-        self.done = False
+        self._fnuz, self.done = code.fnuz, False
 
     def lanes(self, lds: NDArray[np.uint8]) -> Lanes:
         """What repaired instructions work on."""
-        return Lanes(self.scalars, self.vectors, self.accumulators, lds)
+        return Lanes(self.scalars, self.vectors, self.accumulators, lds, fnuz=self._fnuz)
 
     def pointers(self, lds: int) -> list[Any]:
         """In the emulator's order of buffers; device memory is the whole address space, from 0."""
@@ -116,7 +117,7 @@ def _decode(address: int) -> _Instruction:
         return _Instruction(decoded, None, [], repaired, barrier=False)
     try:
         program, runtime = emu._get_runner(raw[: decoded.size() + 4], "cdna")
-    except KeyError as unknown:
-        raise NotImplementedError(f"the emulator has no {name}, nor has instructions.py") from unknown
+    except (KeyError, RuntimeError, AssertionError) as unknown:  # it has no such name, or cannot read its definition
+        raise NotImplementedError(f"the emulator has no {form} {name}, nor has instructions.py") from unknown
     barrier = isinstance(decoded, emu.irc.SOPP) and decoded.op in emu._BARRIER_OPS
     return _Instruction(decoded, runtime.fxn, program.arg.globals, None, barrier)
