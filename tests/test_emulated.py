@@ -17,7 +17,7 @@ import torch
 
 from ci.emulate import run_check
 from ci.emulated import float8
-from ci.emulated.checks import CHECKS
+from ci.emulated.checks import CHECKS, MUTANTS
 from ci.emulated.code_object import pack_arguments
 from ci.emulated.instructions import repair_of
 from ci.emulated.lanes import VECTOR, WAVE, Lanes
@@ -34,6 +34,13 @@ def emulate(*options: str, **environment: str) -> subprocess.CompletedProcess[st
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "ci/emulate.py", "--arch", "gfx942", "--jobs", "1", *options]
     return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_what_a_broken_kernel_changes_is_in_the_kernel_once(name: str) -> None:
+    _, _, mutant, _ = MUTANTS[name]
+    assert mutant.module.__file__ is not None
+    assert Path(mutant.module.__file__).read_text().count(mutant.line) == 1
 
 
 def _missing() -> str:

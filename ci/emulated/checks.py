@@ -186,7 +186,7 @@ MUTANTS: dict[str, tuple[ModuleType, str, Mutant, Check]] = {
         lambda arch: solve_as(arch, SPLIT, 6),
     ),
     "decode sees a token past the end": (
-        runner, "decode_kernel", Mutant(decode_kernels, "(token - query_start) + 1,", "(token - query_start) + 2,"),
+        runner, "decode_kernel", Mutant(decode_kernels, "(token - query_start) + 1", "(token - query_start) + 2"),
         lambda arch: solve_as(arch, Case((90, 40), 5, **SMALL, max_query_len=3), 6),
     ),
     "combine leaves out the last piece": (
