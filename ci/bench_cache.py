@@ -27,14 +27,13 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, SCALE, Calls, Problem, apart, graph_us
+from ci.cache_variants import fp8_formats
+from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, SCALE, Calls, Problem, apart, graph_us, ruled_tile
 from portable_mla import CacheFormat, arch_of, rope_table, write_latent
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.triton.backend import TritonBackend
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Conversion, Tile
 from portable_mla.cache_format import dequantise_rows, quantise_rows
-from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, Needs, Status
 from portable_mla.rope import rotate
 from portable_mla.shape import Request
@@ -71,22 +70,10 @@ def candidates() -> list[Tile]:
     return [tile_named(name) for name in (*(f"{name}-pairs" for name in names), "16x64w4s4p2", "16x32w4s2p2")]
 
 
-def formats() -> tuple[CacheFormat, ...]:
-    """Those that this GPU reads."""
-    return tuple(one for one in CacheFormat if one is CacheFormat.fp8_656 or one.dtype == arch_of(DEVICE).float8)
-
-
 def request_of(problem: Problem, cache_format: CacheFormat) -> Request:
     """What dispatch would be asked."""
     request = problem.request()
     return replace(request, shape=replace(request.shape, cache_format=cache_format))
-
-
-def ruled_tile(request: Request) -> Tile:
-    """The tile of the rules."""
-    backend = load("triton", request.arch.vendor)
-    assert isinstance(backend, TritonBackend)
-    return backend.tile(request)
 
 
 def scale_of(cache_format: CacheFormat) -> Tensor | None:
@@ -264,7 +251,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(len(os.sched_getaffinity(0)) - 2, 1))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    wanted = [one for one in formats() if not options.formats or one.name in options.formats]
+    wanted = [one for one in fp8_formats(arch_of(DEVICE).name) if not options.formats or one.name in options.formats]
     one = torch.zeros(1, device=DEVICE)
     plain_us = graph_us([lambda: one.add_(1)], least=50)
     measured: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

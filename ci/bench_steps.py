@@ -21,14 +21,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, graph_us
+from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, graph_us, ruled_tile
 from portable_mla import CachedContext, Capacity, MixedAttention, MLAShape, PagedBatch, Phase, Request, arch_of
 from portable_mla import mla_chunked_prefill as chunked_prefill
 from portable_mla.backend import DecodeInputs, PrefillInputs, prefill_runner
-from portable_mla.backends.triton.backend import TritonBackend
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.cache_format import CacheFormat
-from portable_mla.dispatch import load, select
+from portable_mla.dispatch import select
 from portable_mla.metadata import DecodeBuffers, Needs, Status
 from portable_mla.metadata.split_plan import PlanShape
 
@@ -54,9 +53,7 @@ class _Whole(PlanShape):
 def absorbed_unsplit(shape: MLAShape, batch: PagedBatch, capacity: Capacity, cache: Tensor) -> Callable[[], object]:
     """Every request through the absorbed kernel of portable Triton, a program for a whole context."""
     request = Request(arch_of(DEVICE), shape, Phase.decode, capacity.max_query_len, False, False, capacity)
-    backend = load("triton", request.arch.vendor)
-    assert isinstance(backend, TritonBackend)
-    runner = TritonRunner(request, backend.tile(request))
+    runner = TritonRunner(request, ruled_tile(request))
     whole = _Whole(**vars(runner.plan_shape) | {"fixed": True})
     buffers = DecodeBuffers(capacity, PAGE_SIZE, Needs(split_plan=whole), Status.allocate(torch.device(DEVICE)))
     runner.plan(buffers.update(batch, capacity.max_pages))

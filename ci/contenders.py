@@ -14,7 +14,7 @@ from portable_mla import Capacity, MLAAttention, MLAShape, PagedBatch, Phase, Re
 from portable_mla.backend import DecodeInputs
 from portable_mla.backends.triton.backend import TritonBackend
 from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import row_tiles
+from portable_mla.backends.triton.tile import Tile, row_tiles
 from portable_mla.cache_format import CacheFormat
 from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, DecodeMetadata, Needs, Status
@@ -122,15 +122,20 @@ def ours(problem: Problem, backend: str | None = None, *, deterministic: bool = 
     return [lambda c=c: call(c) for c in problem.caches]
 
 
+def ruled_tile(request: Request) -> Tile:
+    """The portable kernel's tile by the rules of the request's architecture."""
+    backend = load("triton", request.arch.vendor)
+    assert isinstance(backend, TritonBackend)
+    return backend.tile(request)
+
+
 def with_tiles_of(name: str, problem: Problem) -> Calls:
     """The portable kernel with the tiles of another NVIDIA architecture."""
     local = problem.request()
     request = replace(local, arch=arch_with_tiles_of(name, local.arch))
-    backend = load("triton", request.arch.vendor)
-    assert isinstance(backend, TritonBackend)
+    runner = TritonRunner(request, ruled_tile(request))
     status = Status.allocate(torch.device(DEVICE))
-    buffers = DecodeBuffers(request.capacity, PAGE_SIZE, backend.needs(request), status)
-    runner = TritonRunner(request, backend.tile(request))
+    buffers = DecodeBuffers(request.capacity, PAGE_SIZE, Needs(split_plan=runner.plan_shape), status)
     runner.plan(buffers.update(problem.batch, problem.caches[0].shape[0]))
     return _calls(problem, runner)
 
@@ -138,9 +143,7 @@ def with_tiles_of(name: str, problem: Problem) -> Calls:
 def split_rule(problem: Problem) -> Calls:
     """The same kernel and combine over pieces that the split rule makes, one program each."""
     request, batch = problem.request(), len(problem.kv_lens)
-    backend = load("triton", request.arch.vendor)
-    assert isinstance(backend, TritonBackend)
-    tile = backend.tile(request)
+    tile = ruled_tile(request)
     splits = rule_splits(max(problem.kv_lens), request.arch.units)
     units = -(-batch * splits * row_tiles(problem.q.shape[1], tile) // tile.programs_per_unit)
     runner = TritonRunner(replace(request, arch=replace(request.arch, units=units)), tile)

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from portable_mla import cache_format
 from portable_mla.float8_kernels import float8_bits
 from portable_mla.metadata.status_kernels import POSITION, SLOT, report_fault
 
-GROUP = tl.constexpr(128)  # values of one scale in fp8_656
+GROUP = tl.constexpr(cache_format.GROUP)
 SMALLEST_SCALE = tl.constexpr(0x00800000)  # float32 bits of 2**-126
 
 

@@ -187,11 +187,13 @@ class FlashMLARunner:
         """A schedule by the library."""
         rows = self._query_len * self._shape.heads
         if self._hoisted is not None:
-            planned = functools.partial(self._hoisted, lens, num_q_tokens_per_head_k=rows, h_k=1, use_legacy=True)
+            made = call(
+                self._name, self._hoisted, seqlens_k=lens, num_q_tokens_per_head_k=rows, h_k=1, use_legacy=True
+            )  # fmt: skip
         else:
             # By position: the three have had other names, never another order.
-            planned = functools.partial(self._get_metadata, *(() if self._plans_later else (lens, rows, 1)))
-        made = call(self._name, planned)
+            arguments = () if self._plans_later else (lens, rows, 1)
+            made = call(self._name, functools.partial(self._get_metadata, *arguments))
         if not isinstance(made, tuple) or len(made) != 2:
             raise BackendError(f"{self._name}: returned {type(made).__name__} for its schedule, expected a pair")
         if self._hoisted is None:

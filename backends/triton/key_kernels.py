@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
+from portable_mla import cache_format
 from portable_mla.float8_kernels import float8_values
 
-GROUP = tl.constexpr(128)  # latent values of one scale in fp8_656
+GROUP = tl.constexpr(cache_format.GROUP)
 
 
 @triton.jit

@@ -37,11 +37,8 @@ def result(library: str, name: str, value: object, shape: tuple[int, ...], dtype
 
 def wide(tensor: Tensor) -> bool:
     """Whether its address and outer strides are multiples of 16 bytes, as wide copies need."""
-    size, strides = tensor.element_size(), tensor.stride()[:-1]
-    if all([stride * size % 16 == 0 for stride in strides]):  # noqa: C419 (at each layer, and a list is half the time)
-        return tensor.data_ptr() % 16 == 0
-    apart = [stride for stride, extent in zip(strides, tensor.shape, strict=False) if extent > 1]
-    return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in apart)
+    size, outer = tensor.element_size(), zip(tensor.stride()[:-1], tensor.shape, strict=False)
+    return not any([tensor.data_ptr() % 16, *[stride * size % 16 for stride, extent in outer if extent > 1]])
 
 
 def wide_cache(library: str, cache: Tensor) -> Tensor:

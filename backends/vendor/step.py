@@ -59,7 +59,6 @@ class Step:
         self.buffers: tuple[Tensor, ...] = ()  # kv_lens, query_indptr, states, and the table if wanted
         self._views: dict[int, StepView] = {}
         self._finish: dict[bool, KernelLaunch] = {}
-        self._key: tuple[object, ...] = ()  # of the finishing launch that was asked for last
 
     @property
     def width(self) -> int:
@@ -124,11 +123,10 @@ class Step:
     def ready(self, rows_copied: bool, out: Tensor, lse: Tensor) -> None:
         """Raises GraphCaptureError where a capture could not take the finishing launch: ask before the library is."""
         if out.is_cuda:
-            self._key = (out.device.index, out.stride(), lse.stride(), alignment(out, lse))
-            self._launch(rows_copied).ready(self._key)
+            self._launch(rows_copied).ready(self._key(out, lse))
 
     def finish(self, rows: VendorRows, out: Tensor, lse: Tensor) -> None:
-        """Results as ours are defined, from the library's, in one launch, for which `ready` was asked."""
+        """Results as ours are defined, from the library's, in one launch."""
         write = self._finish_rows if out.is_cuda else self._finish_with_torch
         write(rows, out, lse)
 
@@ -199,11 +197,14 @@ class Step:
             self._finish[rows_copied] = KernelLaunch(finish_rows_kernel, constants)
         return self._finish[rows_copied]
 
+    def _key(self, out: Tensor, lse: Tensor) -> tuple[object, ...]:
+        return out.device.index, out.stride(), lse.stride(), alignment(out, lse)
+
     def _finish_rows(self, rows: VendorRows, out: Tensor, lse: Tensor) -> None:
         tokens, heads, _ = out.shape
         copied = rows.out is not None
         self._launch(copied)(
-            self._key, (tokens, -(-heads // BLOCK_H[copied])),
+            self._key(out, lse), (tokens, -(-heads // BLOCK_H[copied])),
             self.states, rows.out, rows.lse, out, lse, heads, rows.query_len,
             rows.natural_per_unit, *rows.lse_strides, *out.stride()[:2], *lse.stride(),
         )  # fmt: skip

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portable_mla.absorption import absorb, expand, split_up_projection
-from portable_mla.integrations.transformers.cache import NewRows
+from portable_mla.absorption import absorb, expand
+from portable_mla.integrations.transformers.cache import NewRows, up_projections
 
 NAME = "portable_mla"
 _MOST_ABSORBED = 8  # query tokens; more are cheaper against expanded keys
@@ -85,11 +85,6 @@ def check_latents(module: nn.Module, key: Tensor) -> None:
             f"key: expected latents [batch, 1, keys, {module.kv_lora_rank}], got {list(key.shape)}; call "
             "portable_mla.integrations.transformers.patch(model)"
         )
-
-
-def up_projections(module: Any, heads: int) -> tuple[Tensor, Tensor]:
-    """W_UK and W_UV of a module, views."""
-    return split_up_projection(module.kv_b_proj.weight, heads, module.qk_nope_head_dim)
 
 
 def _absorbed(

@@ -147,7 +147,7 @@ class LatentCache(Cache):
         if step.attention is None:
             out = prefill_expanded(module, q, latent, new_pe, step.cu_seqlens, max(step.lens), scale)
         else:
-            w_uk, w_uv = split_up_projection(module.kv_b_proj.weight, heads, module.qk_nope_head_dim)
+            w_uk, w_uv = up_projections(module, heads)
             result, _ = step.attention(absorb(q, w_uk), kv_cache, softmax_scale=scale)
             out = expand(result, w_uv)
         if step.tokens is not None:
@@ -241,6 +241,11 @@ class LatentCache(Cache):
         layers: list[Any] = self.layers
         for layer in layers:
             layer.seen = 0
+
+
+def up_projections(module: Any, heads: int) -> tuple[Tensor, Tensor]:
+    """W_UK and W_UV of a module, views."""
+    return split_up_projection(module.kv_b_proj.weight, heads, module.qk_nope_head_dim)
 
 
 def prefill_expanded(

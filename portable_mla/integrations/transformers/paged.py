@@ -13,9 +13,8 @@ from portable_mla.integrations.transformers.attention import (
     check_latents,
     refuse_keywords,
     softmax_scale_of,
-    up_projections,
 )
-from portable_mla.integrations.transformers.cache import prefill_expanded
+from portable_mla.integrations.transformers.cache import prefill_expanded, up_projections
 from portable_mla.ops import mla_decode
 
 PAGED_NAME = f"paged|{NAME}"
