@@ -3,8 +3,8 @@
 Lacking: swizzles, gfx950's transposing reads, its swaps of lanes, loads into LDS by address, atomics through buffers,
 conversions of fp8 in pairs, cache control. Wrong: a lane index beyond 63 of a permute (the hardware takes it modulo
 64), the rows of a 32x32 product, a DPP operand that is also the destination, loads into LDS from behind a buffer's end,
-loads and stores of bytes and halves through buffers (taken for whole words), quotients of tiny numbers, and float16 in
-registers above 127, taken for upper halves as on RDNA.
+loads and stores of bytes and halves through buffers (taken for whole words), quotients of tiny numbers, and 16 bits in
+registers above 127 (halves.py).
 """
 
 from __future__ import annotations
@@ -44,31 +44,6 @@ def permute_bytes(instruction: Any, lanes: Lanes) -> None:
     every = np.concatenate([eight, signs, np.zeros((WAVE, 1)), np.full((WAVE, 3), 0xFF)], 1).astype(np.uint8)
     selected = np.minimum(choice[:, None].view(np.uint8), 15)
     lanes.write(instruction.vdst, np.take_along_axis(every, selected.astype(np.int64), 1).view(np.uint32)[:, 0])
-
-
-def shift_left_16(instruction: Any, lanes: Lanes) -> None:
-    """Of 16 bits; the emulator keeps the upper half."""
-    shift = lanes.source(instruction.src0) & np.uint32(15)
-    lanes.write(instruction.vdst, lanes.source(instruction.vsrc1) << shift & np.uint32(0xFFFF))
-
-
-def shift_right_16(instruction: Any, lanes: Lanes) -> None:
-    """Of 16 bits."""
-    shift = lanes.source(instruction.src0) & np.uint32(15)
-    lanes.write(instruction.vdst, (lanes.source(instruction.vsrc1) & np.uint32(0xFFFF)) >> shift)
-
-
-def narrow_half(instruction: Any, lanes: Lanes) -> None:
-    """float32 to float16; the upper half becomes 0."""
-    with np.errstate(all="ignore"):
-        halves = lanes.source(instruction.src0).view(np.float32).astype(np.float16)
-    lanes.write(instruction.vdst, halves.view(np.uint16).astype(np.uint32))
-
-
-def widen_half(instruction: Any, lanes: Lanes) -> None:
-    """float16 to float32."""
-    halves = (lanes.source(instruction.src0) & np.uint32(0xFFFF)).astype(np.uint16).view(np.float16)
-    lanes.write(instruction.vdst, halves.astype(np.float32).view(np.uint32))
 
 
 def divide(instruction: Any, lanes: Lanes) -> None:
@@ -120,11 +95,9 @@ REPAIRS: dict[str, Repair] = {
     **{f"VOP2_DPP16 {name}{form}": exchanges.combine_across(operation) for name, operation in _ACROSS.items()
        for form in ("_E32", "")},
     "V_DIV_FIXUP_F32_E64": divide, "V_DIV_FIXUP_F32": divide,
-    "V_CVT_F16_F32_E32": narrow_half, "V_CVT_F32_F16_E32": widen_half,
     "V_CVT_PK_F32_FP8_E32": float8.widen_pair, "VOP1_SDWA V_CVT_PK_F32_FP8_E32": float8.widen_selected_pair,
     "V_CVT_SCALEF32_PK_F32_FP8": float8.widen_scaled_pair,
     "V_PERM_B32": permute_bytes, "V_PERM_B32_E64": permute_bytes,
-    "V_LSHLREV_B16_E32": shift_left_16, "V_LSHRREV_B16_E32": shift_right_16,
     "GLOBAL_ATOMIC_SMIN_X2": memory.keep_smaller(memory.global_addresses, "data"),
     "BUFFER_ATOMIC_SMIN_X2": memory.keep_smaller(memory.buffer_addresses, "vdata"),
     **{f"MUBUF to LDS BUFFER_LOAD_DWORD{words}": memory.buffer_to_lds(size) for words, size in _WORDS},

@@ -7,6 +7,7 @@ once. Instructions that the emulator lacks, or gets wrong, are those of instruct
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ci.emulated.code_object import CodeObject
+from ci.emulated.halves import Halves, in_low_registers
 from ci.emulated.instructions import repair_of
 from ci.emulated.lanes import Lanes
 from ci.emulated.source import decoder, emulator
@@ -31,6 +33,7 @@ class _Instruction:
     compiled: Callable[..., Any] | None  # by the emulator
     buffers: list[int]
     repaired: Callable[[Any, Lanes], None] | None
+    halves: Halves | None
     barrier: bool
 
 
@@ -98,7 +101,14 @@ def _run_to_barrier(wave: _Wave, pointers: list[Any], lanes: Lanes, program: dic
             state.pc = at + instruction.decoded.size()
         else:
             assert instruction.compiled is not None
-            instruction.compiled(*[pointers[index] for index in instruction.buffers])
+            run = functools.partial(instruction.compiled, *[pointers[index] for index in instruction.buffers])
+            if instruction.halves is None:
+                run()
+            else:
+                lanes.read_active()
+                state.pc = instruction.halves.address
+                instruction.halves.run(run, lanes)
+                state.pc = at + instruction.decoded.size()
         if instruction.barrier:
             return
 
@@ -114,10 +124,12 @@ def _decode(address: int) -> _Instruction:
     form = type(decoded).__name__ + (" to LDS" if int(getattr(decoded, "lds", 0) or 0) else "")
     repaired = repair_of(form, name)
     if repaired is not None:
-        return _Instruction(decoded, None, [], repaired, barrier=False)
+        return _Instruction(decoded, None, [], repaired, None, barrier=False)
+    halves = in_low_registers(decoded, name, raw)
+    raw = raw if halves is None else halves.code.raw
     try:
         program, runtime = emu._get_runner(raw[: decoded.size() + 4], "cdna")
     except (KeyError, RuntimeError, AssertionError) as unknown:  # it has no such name, or cannot read its definition
         raise NotImplementedError(f"the emulator has no {form} {name}, nor has instructions.py") from unknown
     barrier = isinstance(decoded, emu.irc.SOPP) and decoded.op in emu._BARRIER_OPS
-    return _Instruction(decoded, runtime.fxn, program.arg.globals, None, barrier)
+    return _Instruction(decoded, runtime.fxn, program.arg.globals, None, halves, barrier)
