@@ -19,9 +19,18 @@ from ci.emulate import run_check
 from ci.emulated import float8
 from ci.emulated.checks import CHECKS, MUTANTS
 from ci.emulated.code_object import pack_arguments
+from ci.emulated.halves import in_low_registers
 from ci.emulated.instructions import repair_of
 from ci.emulated.lanes import VECTOR, WAVE, Lanes
-from ci.emulated.memory import M0, buffer_to_lds, global_to_lds, read_buffer, read_transposed, write_buffer
+from ci.emulated.memory import (
+    M0,
+    buffer_to_lds,
+    global_to_lds,
+    read_buffer,
+    read_transposed,
+    write_buffer,
+    write_lds,
+)
 from ci.emulated.source import COMMIT, VARIABLE, NoEmulator, check_source
 from ci.evidence import read_evidence, record_emulated
 
@@ -163,6 +172,62 @@ def test_a_store_of_less_than_a_word_leaves_the_bytes_beside_it(size: int, shift
         word = int(lanes.vectors[1, lane]) >> shift & (1 << 8 * size) - 1
         expected[size + 2 * size * lane :][:size] = np.frombuffer(word.to_bytes(size, "little"), np.uint8)
     assert target.tolist() == expected.tolist()
+
+
+def test_an_offset_into_lds_is_added_modulo_32_bits_as_compilers_fold_it_into_negative_bases() -> None:
+    lanes = wave_over(torch.zeros(1), step=0)
+    lanes.vectors[0] = (np.arange(WAVE) * 4 - 1024) & 0xFFFFFFFF
+    lanes.vectors[1] = np.arange(1, WAVE + 1)
+    first, data = SimpleNamespace(offset=VECTOR), SimpleNamespace(offset=VECTOR + 1)
+    write_lds(4)(SimpleNamespace(addr=first, data0=data, offset0=0, offset1=8), lanes)
+    assert np.flatnonzero(lanes.lds.view(np.uint32)).tolist() == list(range(256, 256 + WAVE))
+    assert lanes.lds.view(np.uint32)[256 : 256 + WAVE].tolist() == list(range(1, WAVE + 1))
+
+
+class VOP2(SimpleNamespace):
+    """A decoded instruction of two operands, which is known by its form."""
+
+
+def decoded_shift(source: int, shift: int, result: int) -> tuple[VOP2, bytes]:
+    """v_ashrrev_i16 v[result], v[shift], v[source] and its bytes."""
+    registers = {"src0": shift, "vsrc1": source, "vdst": result}
+    operands = {name: SimpleNamespace(offset=VECTOR + register) for name, register in registers.items()}
+    word = 44 << 25 | result << 17 | source << 9 | VECTOR + shift
+    return VOP2(canonical_op_bits={"d": 16, "s0": 16, "s1": 16}, **operands), word.to_bytes(4, "little") + bytes(12)
+
+
+@pytest.mark.parametrize("registers", [(1, 2, 3), (130, 2, 3), (130, 131, 132), (130, 130, 130), (0, 200, 1)])
+def test_16_bits_in_any_register_are_worked_on_in_low_ones_and_the_upper_half_becomes_0(
+    registers: tuple[int, int, int],
+) -> None:
+    source, shift, result = registers
+    lanes = wave_over(torch.zeros(1), step=0)
+    lanes.vectors[:] = np.random.default_rng(1).integers(0, 1 << 32, lanes.vectors.shape)
+    lanes.active[3] = False
+    before = lanes.vectors.copy()
+    decoded, raw = decoded_shift(*registers)
+    halves = in_low_registers(decoded, "V_ASHRREV_I16_E32", raw)
+    assert halves is not None
+
+    def operate() -> None:  # as the emulator does, of which no register above 127 may be asked
+        word = int.from_bytes(halves.code.raw[:4], "little")
+        places = [word >> 9 & 0xFF, word & 0xFF, word >> 17 & 0xFF]
+        assert max(places) < 128
+        values = lanes.vectors[places[0]].astype(np.uint16).view(np.int16) >> (lanes.vectors[places[1]] & 15)
+        upper = lanes.vectors[places[2]] & np.uint32(0xFFFF0000)
+        lanes.vectors[places[2]][lanes.active] = (upper | values.astype(np.uint16))[lanes.active]
+
+    halves.run(operate, lanes)
+    expected = before.copy()
+    found = (before[source].astype(np.uint16).view(np.int16) >> (before[shift] & 15)).astype(np.uint16)
+    expected[result][lanes.active] = found[lanes.active]
+    np.testing.assert_array_equal(lanes.vectors, expected)
+
+
+def test_an_instruction_on_32_bits_runs_as_it_is() -> None:
+    decoded, raw = decoded_shift(130, 131, 132)
+    decoded.canonical_op_bits = {"d": 32, "s0": 32, "s1": 32}
+    assert in_low_registers(decoded, "V_ASHRREV_I32_E32", raw) is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

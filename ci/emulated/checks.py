@@ -39,10 +39,18 @@ SHORT = PlanShape(
 )  # fmt: skip
 BATCH = ([100, 0, 20_000, 33, 700], [1, 0, 8, 2, 3])
 
+LESS_THAN_A_TILE = (
+    1,
+    9,
+    17,
+    31,
+)  # keys of a request: the first tile, which a pipeline loads before its loop, is partial
+
 # case, compute units: the plan has as many parts as these hold programs
 DECODES = {
     "512+64, 16 heads": (Case((37, 5), 16), 4),
     "512+64, 16 heads, split": (Case((700, 33), 16, page_size=64, content="split_skew"), 12),
+    "512+64, 16 heads, less than a tile": (Case(LESS_THAN_A_TILE, 16), 4),
     "512+64, 20 heads, fp16": (Case((100, 40), 20, dtype="fp16"), 4),
     "512+64, 64 heads": (Case((70, 33), 64, page_size=64), 4),
     "512+64, 128 heads, page 1": (Case((65,), 128, page_size=1, content="fingerprint"), 4),
@@ -62,8 +70,11 @@ PREFILLS = {
 # The same over fp8: "scaled" stands for the format with one scale that the architecture reads.
 FP8_DECODES = {
     "scaled, 16 heads": (Case((100, 40), 16), 4),
+    "scaled, 16 heads, less than a tile": (Case(LESS_THAN_A_TILE, 16, seed=1), 4),
     "scaled, 64 heads, page 1": (Case((70,), 64, page_size=1, seed=1), 4),
     "fp8_656, 16 heads": (Case((100, 40), 16, cache="fp8_656", seed=1), 4),
+    "fp8_656, 16 heads, less than a tile": (Case(LESS_THAN_A_TILE, 16, cache="fp8_656", seed=1), 4),
+    "fp8_656, 40 heads, less than a tile": (Case(LESS_THAN_A_TILE, 40, cache="fp8_656", page_size=64), 4),
     "fp8_656, 40 heads, 2 tokens": (Case((65, 3), 40, cache="fp8_656", max_query_len=2, page_size=64), 6),
 }
 WRITES = {

@@ -28,8 +28,9 @@ def _lds_bytes(lanes: Lanes, address: NDArray[np.int64], size: int) -> NDArray[n
 
 
 def lds_addresses(instruction: Any, lanes: Lanes, offset: int) -> NDArray[np.int64]:
-    addresses: NDArray[np.int64] = lanes.vectors[register(instruction.addr)].astype(np.int64)
-    return addresses + offset
+    """The sum has 32 bits: compilers fold offsets into bases that are negative."""
+    addresses: NDArray[np.uint32] = lanes.vectors[register(instruction.addr)] + np.uint32(offset)
+    return addresses.astype(np.int64)
 
 
 def _put(bank: Words, first: int, words: Words, active: NDArray[np.bool_]) -> None:
