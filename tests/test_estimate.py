@@ -9,7 +9,7 @@ import pytest
 from ci.compiled_table import PATH, rendered
 from portable_mla.backends.triton.backend import GEOMETRIES, TritonBackend
 from portable_mla.backends.triton.tile import Tile
-from portable_mla.cli.estimate import Compiled, compiled_kernel, estimate, kernel_name, portable_work
+from portable_mla.cli.estimate import IN_TURN, Compiled, compiled_kernel, estimate, kernel_name, portable_work
 from portable_mla.cli.explain import Question
 from portable_mla.cli.hardware import PARTS
 from portable_mla.dispatch import load
@@ -56,7 +56,7 @@ def test_every_tile_of_a_known_part_has_a_compiled_kernel_whose_products_the_mod
         assert isinstance(backend, TritonBackend)
         tile = backend.tile(request)
         compiled = compiled_kernel(arch, kernel_name(request, tile))
-        assert portable_work(request, PARTS[arch], tile, compiled).cycles > 0
+        assert portable_work(request, PARTS[arch], tile, compiled).cycles() > 0
 
 
 # Tiles that an H100 was made to use at (128, 128, 4096): keys of a tile, rows, warps, us; all of mma.sync.
@@ -73,9 +73,20 @@ def test_tiles_of_other_parts_on_an_h100_are_within_one_and_a_half(
         request, PARTS["sm90"], Tile(block_h, block_n, warps, 2), Compiled(255, 0, 0, {"HMMA": issued})
     )
     tiles = 128 * (128 // block_h) * (4096 // block_n) / request.arch.units
-    found = tiles * work.cycles / PARTS["sm90"].clock * 1e6
+    found = tiles * work.cycles() / PARTS["sm90"].clock * 1e6
     print(f"{found:.0f} us, {found / measured:.2f} of the measured")
     assert 1 / 1.5 <= found / measured <= 1.5
+
+
+def test_two_warps_leave_half_of_the_matrix_units_idle_but_where_two_programs_share_them() -> None:
+    request, part = Question("gfx942", heads=16).request(), PARTS["gfx942"]
+    two, four = (
+        portable_work(request, part, Tile(16, 32, warps, 1), Compiled(256, 0, 0, {"16x16x16_bf16": issued}))
+        for warps, issued in ((2, 104), (4, 88))
+    )
+    assert two.cycles() - two.cycles(2) == pytest.approx(two.matrix * IN_TURN)
+    assert two.cycles(2) == two.cycles(3)
+    assert four.cycles() == four.cycles(2)
 
 
 def test_the_table_is_what_the_budgets_say() -> None:

@@ -31,8 +31,9 @@ ESTIMATED = ("triton", "gluon")
 IN_TURN = 1.15  # the portable kernel over its products and its shared memory, one after the other
 AT_ONCE = 0.75  # of the matrix units' speed that the Gluon kernel reaches
 INSTRUCTIONS = {"HMMA": 4096, "16x16x16_bf16": 8192, "16x16x32_bf16": 16384}  # operations of each
+MATRIX_UNITS = 4  # of one SM or CU: each warp issues to one of them
 FETCH = 30  # bytes a cycle that one SM or CU gets from memory
-GLUON_ROWS, GLUON_KEYS, GLUON_THREADS = 64, 128, 384
+GLUON_ROWS, GLUON_KEYS, GLUON_WARPS = 64, 128, 12
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,22 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one program and one tile: cycles of matrix units and of shared memory; of the kernel: threads, what it was
-    compiled to, and whether the two run at once."""
+    """Of one program and one tile: cycles of matrix units and of shared memory; of the kernel: warps of so many
+    threads, what it was compiled to, and whether the two run at once."""
 
     matrix: float
     shared: float
-    threads: int
+    warps: int
+    wave: int
     compiled: Compiled
     at_once: bool
 
-    @property
-    def cycles(self) -> float:
-        """Of a tile, where the program has its SM or CU for itself."""
-        return max(self.matrix / AT_ONCE, self.shared) if self.at_once else (self.matrix + self.shared) * IN_TURN
+    def cycles(self, together: int = 1) -> float:
+        """Of a tile, where so many programs share an SM or CU: fewer warps than it has matrix units leave some idle."""
+        if self.at_once:
+            return max(self.matrix / AT_ONCE, self.shared)
+        idle = max(MATRIX_UNITS / (together * self.warps), 1)
+        return (self.matrix * idle + self.shared) * IN_TURN
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def _estimate(request: Request, part: Part, shape: PlanShape, block_h: int, work
         seconds |= {"shared memory": longest * work.shared / per_second}
     else:
         name = "matrix units, then shared memory" if work.matrix > work.shared else "shared memory, then matrix units"
-        seconds |= {name: longest * work.cycles / per_second}
+        seconds |= {name: longest * work.cycles(together) / per_second}
     resident = _resident(request, part, work)
     facts = {
         "parts, items, partial results": f"{len(used)}, {len(plan.items)}, {pieces}",
@@ -149,7 +153,7 @@ def _estimate(request: Request, part: Part, shape: PlanShape, block_h: int, work
 
 
 def _resident(request: Request, part: Part, work: Work) -> int:
-    registers = part.registers // (work.threads * work.compiled.registers)
+    registers = part.registers // (work.warps * work.wave * work.compiled.registers)
     return max(min(registers, request.arch.shared_memory // max(work.compiled.shared, 1)), 1)
 
 
@@ -170,9 +174,10 @@ def portable_work(request: Request, part: Part, tile: Tile, compiled: Compiled) 
         scored = times_scored(request, tile, compiled)
         traffic = key + groups * (scored * key + value) + (0 if request.arch.vendor == "amd" else columns * query)
     operations = 2 * tile.block_h * tile.block_n * (scored * shape.row_width + shape.latent_dim)
-    threads = tile.num_warps * request.arch.wave
     speed = part.matrix[kind.partition("_")[0]]
-    return Work(operations / speed, traffic / part.shared, threads, compiled, at_once=False)
+    return Work(
+        operations / speed, traffic / part.shared, tile.num_warps, request.arch.wave, compiled, at_once=False
+    )  # fmt: skip
 
 
 def times_scored(request: Request, tile: Tile, compiled: Compiled) -> int:
@@ -194,7 +199,9 @@ def gluon_work(request: Request, part: Part) -> Work:
     operations = 2 * GLUON_ROWS * GLUON_KEYS * (shape.row_width + shape.latent_dim)
     traffic = (GLUON_KEYS * (2 * shape.row_width + shape.latent_dim) + 2 * GLUON_ROWS * shape.row_width) * 2
     compiled = compiled_kernel(request.arch.name, f"gluon 512+{shape.rope_dim}")
-    return Work(operations / part.matrix["HGMMA"], traffic / part.shared, GLUON_THREADS, compiled, at_once=True)
+    return Work(
+        operations / part.matrix["HGMMA"], traffic / part.shared, GLUON_WARPS, request.arch.wave, compiled, at_once=True
+    )  # fmt: skip
 
 
 def kernel_name(request: Request, tile: Tile) -> str:
