@@ -12,16 +12,25 @@ from portable_mla.backends.triton.tile import FP8, GROUPED, DecodeRules, Rule, T
 _WIDE = Tile(64, 32, 4, 1, conversion="early", waves_per_eu=1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 _MIDDLE = replace(_WIDE, block_h=32, num_stages=2)
 _NARROW = replace(_WIDE, block_h=16, num_stages=2)
+# two workgroups a unit; the fp8 formats, whose values are converted on the way, stay with four warps
+_TWICE = replace(_NARROW, num_warps=2, num_stages=1, programs_per_unit=2)
 _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 
-# Candidates for 16 rows of 512+64, by the compiler alone, on Triton 3.6 and 3.9 (registers with buffer loads, of caches
-# up to 2 GiB, and with 64-bit addresses). All warps of a row group score the same keys: four issue 2.6 times the
-# products that there are, two 1.5 times. 16x32, two warps, one stage: 355 / 344, 311 / 329 on gfx942, no spills,
-# two workgroups a unit; on gfx950 also with two stages (36 KB): 363 / 406, 389 / 379. Predicted by the model (explain
-# --estimate) to take 2470 cycles a tile on gfx942, where four warps take 3950: not chosen before it ran on silicon.
-# 16x16, four warps, waves_per_eu=2: 214 / 212, 209 / 204, two workgroups; the model has no word on tiles of 16 keys,
-# which took twice as long on an H100. 16x32 with waves_per_eu=2 spills (gfx942: 9 / 61, 46 / 53). Dropped.
-# 64 rows on gfx950 with two stages: 9 / 83 spilled on 3.6, none on 3.9; 64x64 spills in the loop on both. Dropped.
+# Chosen by the model (explain --estimate) of candidates that do not spill in the loop on Triton 3.6 and 3.9: rows 16 to
+# 64, keys 16 to 64, 2 to 8 warps, 1 to 3 stages, waves_per_eu 0 to 2; none ran on silicon. "model: a -> b us" is the
+# geometric mean over seven shapes of 1 to 128 requests and 1k to 82k tokens, from the tile before to the one named.
+# 16 rows, gfx942: 16x32, four warps, two stages -> 16x32, two warps, one stage. Model: 46.2 -> 47.8 us, which is partial
+# results of twice as many parts; two workgroups a unit hide one another's latency, of which the model has no word, and
+# score a key twice instead of four times, 2470 cycles a tile instead of 3950. Kept, as what has occupancy 2.
+# 16 rows, gfx950: the same, with two stages. Model: 33.3 -> 34.5 us. Kept for the same reason.
+# 16 rows: 16x32, two warps, two stages on gfx942 has room for one workgroup, two SIMDs idle. Model: 46.2 -> 45.7 us;
+# 16x16, four warps, which the model is twice too fast for: 48.4 us; waves_per_eu=2 with four warps spills. Dropped.
+# 32 rows: 16x32, two warps, two workgroups. Model: gfx942 44.5 -> 42.9 us, gfx950 31.3 -> 30.7 us, if both row tiles find
+# a key in L2, which the model takes for granted: dropped.
+# 64 rows of 64 heads, gfx942: 32x32, two warps. Model: 58.3 -> 57.0 us, but 314 -> 331 us at (64, 64, 16384). Dropped.
+# 64 rows of 128 heads, gfx942: 64x16 is 79.7 -> 78.8 us for a model that is twice too fast for 16 keys. Dropped.
+# 64 rows, gfx950: 64x32 is the model's choice, 39.0 us for 64 heads and 47.4 us for 128 (32x32: 39.5, 61.3); with two
+# stages it spills 9 to 83 registers on 3.6, and 64x64, 39.0 and 47.4 us, spills 40 on it. Dropped.
 # 64 KiB of LDS
 _GFX942 = (
     # 490 regs, 36 KB; 64x32 spills 62 times in the loop
@@ -30,8 +39,9 @@ _GFX942 = (
     Rule(when(latent_above=256, rows_above=32), _WIDE),
     # 437 regs, 38 KB, 208 16x16x16_bf16; 3.9: 371
     Rule(when(latent_above=256, rows_above=16), _MIDDLE),
-    # 348 regs, 36 KB, 264 16x16x16_bf16; 3.9: 310, 4 spilled
-    Rule(when(latent_above=256), _NARROW),
+    Rule(when(formats=FP8, latent_above=256), _NARROW),
+    # 355 regs, 32 KB, 104 16x16x16_bf16; 3.9: 329
+    Rule(when(latent_above=256), _TWICE),
     # 362 regs, 32 KB, 216 16x16x16_bf16; 3.9: 317
     Rule(when(latent_above=128, rows_above=32), replace(_SMALL, block_h=64)),
     # 284 regs, 22 KB, 168 16x16x16_bf16; 3.9: 252
@@ -45,13 +55,19 @@ _GFX942 = (
     # 208 regs, 20 KB, 144 16x16x16_bf16; 3.9: 207
     Rule(when(), replace(_SMALL, block_n=64, programs_per_unit=2)),
 )
-# 160 KiB of LDS; kpack has no effect
+
+
+def _on_gfx950(tile: Tile) -> Tile:
+    """160 KiB of LDS hold two stages of two workgroups, 406 registers; 3.9: 389. kpack has no effect."""
+    return replace(tile, kpack=1, num_stages=2 if tile is _TWICE else tile.num_stages)
+
+
 _GFX950 = (
     # 512 regs, 17 spilled outside the loop, 20 KB; 32x32 spills 8 times in it
     Rule(when(formats=GROUPED), replace(_NARROW, kpack=1)),
     # 397 regs, 32 KB; 64x32 spills 4 times in the loop
     Rule(when(formats=FP8, latent_above=256, rows_above=32), replace(_MIDDLE, kpack=1)),
-    *(Rule(rule.when, replace(rule.tile, kpack=1)) for rule in _GFX942[1:]),
+    *(Rule(rule.when, _on_gfx950(rule.tile)) for rule in _GFX942[1:]),
 )
 # one L2 for all compute units of a die
 _GFX90A = tuple(Rule(rule.when, replace(rule.tile, kpack=1, num_xcds=1)) for rule in _GFX942)
