@@ -342,7 +342,7 @@ main() {
     tiles)
       [[ $# -ge 2 ]] || usage
       setup
-      PORTABLE_MLA_TILES=$2 run_tests tests/test_contract.py tests/test_edges.py "${@:3}"
+      PORTABLE_MLA_TILES=$2 run_tests tests/test_contract.py tests/test_edges.py tests/test_prefill.py "${@:3}"
       ;;
     gpu) gpu "${@:2}" ;;
     *) usage ;;

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from portable_mla import explain, mla_prefill
-from portable_mla.backend import PrefillInputs
+from portable_mla import Request, explain, mla_prefill, select
+from portable_mla.backend import PrefillInputs, prefill_runner
 from portable_mla.backends import reference
+from portable_mla.prefill import run_prefill
 from portable_mla.prefill_arguments import PrefillArguments
 from tests.acceptance import Errors, emulate_softmax, judge
 from tests.cases import DTYPES
@@ -149,16 +150,37 @@ EXACT = ("neg_extreme", "pos_extreme")
 
 def run(target: Target, problem: PrefillProblem, *, float32_out: bool = False, deterministic: bool = False) -> Result:
     """Prefill into results full of NaN."""
-    inputs, arguments = problem.inputs, problem.arguments
-    q, v_dim = inputs.q, inputs.v.shape[2]
+    q, v_dim = problem.inputs.q, problem.inputs.v.shape[2]
     dtype = torch.float32 if float32_out else q.dtype
+    out = torch.full((*q.shape[:2], v_dim), torch.nan, dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:2], torch.nan, device=q.device)
+    return run_into(target, problem, out, lse, deterministic=deterministic)
+
+
+def run_into(
+    target: Target, problem: PrefillProblem, out: Tensor, lse: Tensor, *, deterministic: bool = False
+) -> Result:
+    """Prefill into the given results."""
+    inputs, arguments = problem.inputs, problem.arguments
+    if target.tiles:
+        asked = request(target, problem, deterministic=deterministic, float32_out=out.dtype == torch.float32)
+        runner = prefill_runner(select(asked, target.backend), asked)
+        run_prefill(runner, inputs, out, lse, softmax_scale=problem.softmax_scale)
+        return out, lse
     return mla_prefill(
-        q, inputs.k_nope, inputs.k_pe, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
+        inputs.q, inputs.k_nope, inputs.k_pe, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
         max_seqlen_q=arguments.max_seqlen_q, max_seqlen_k=arguments.max_seqlen_k,
         softmax_scale=problem.softmax_scale, causal=inputs.causal, backend=target.backend, deterministic=deterministic,
-        out=torch.full((*q.shape[:2], v_dim), torch.nan, dtype=dtype, device=q.device),
-        lse=torch.full(q.shape[:2], torch.nan, device=q.device),
+        out=out, lse=lse,
     )  # fmt: skip
+
+
+def request(
+    target: Target, problem: PrefillProblem, *, deterministic: bool = False, float32_out: bool = False
+) -> Request:
+    """What dispatch is asked, for the target's tiles."""
+    asked = problem.arguments.request(deterministic=deterministic, float32_out=float32_out)
+    return replace(asked, arch=target.arch)
 
 
 def check(problem: PrefillProblem, out: Tensor, lse: Tensor) -> Errors:
@@ -184,7 +206,7 @@ def emulate(problem: PrefillProblem) -> Tensor:
 
 def accepts(target: Target, problem: PrefillProblem) -> bool:
     """Whether the backend serves the problem, by its own word."""
-    return explain(problem.arguments.request(deterministic=False), target.backend).chosen is not None
+    return explain(request(target, problem), target.backend).chosen is not None
 
 
 def prefill_targets() -> tuple[Target, ...]:

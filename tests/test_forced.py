@@ -11,7 +11,15 @@ import pytest
 pytest.importorskip("triton", reason="needs the package triton")
 
 from ci.forced import arch_with_tiles_of
+from portable_mla.backends.nvidia.tiles import PREFILL_RULES
+from portable_mla.backends.triton import prefill_runner
+from portable_mla.backends.triton.prefill_runner import TritonPrefill
+from portable_mla.backends.triton.prefill_tile import PrefillTile, PrefillTileRequest
+from portable_mla.backends.triton.tile import choose_tile
 from portable_mla.device import ARCHS
+from portable_mla.shape import Request
+from tests import prefill_cases, targets
+from tests.prefill_cases import PrefillCase, build
 from tests.targets import Target
 
 ROOT = Path(__file__).parent.parent
@@ -81,3 +89,22 @@ def test_tiles_that_cannot_run_are_refused(name: str, local: str) -> None:
 
 def test_a_target_says_whose_tiles_it_has() -> None:
     assert str(Target("cuda", "triton", "sm120")) == "triton-with-sm120-tiles-on-cuda"
+
+
+@pytest.mark.parametrize("name", ["sm80", "sm89", "sm120"])
+def test_a_prefill_has_the_tiles_that_are_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "arch_of", lambda device: ARCHS["sm90"])
+    tiles, launched = [], []
+    monkeypatch.setattr(prefill_runner.TritonPrefill, "run", lambda bound, *results, **scale: launched.append(results))
+    bind = prefill_runner.TritonPrefill.__init__
+
+    def note(bound: TritonPrefill, request: Request, tile: PrefillTile) -> None:
+        tiles.append((request.arch.name, request.arch.units, tile))
+        bind(bound, request, tile)
+
+    monkeypatch.setattr(prefill_runner.TritonPrefill, "__init__", note)
+    case = PrefillCase((3,), (3,), geometry=(192, 64, 256))
+    prefill_cases.run(Target("cpu", "triton", name), build(case))
+    expected = choose_tile(PREFILL_RULES[name], PrefillTileRequest(256, 256))
+    assert tiles == [(name, ARCHS["sm90"].units, expected)]
+    assert len(launched) == 1

@@ -12,9 +12,20 @@ from hypothesis import assume, event, example, given, note
 from hypothesis import strategies as st
 from torch import Tensor
 
-from portable_mla import merge_state, merge_states, mla_prefill
+from portable_mla import Settings, merge_state, merge_states, mla_prefill
 from tests import prefill_cases
-from tests.prefill_cases import CONTENTS, GARBAGE, GEOMETRIES, PrefillCase, PrefillProblem, Result, build, offsets, run
+from tests.prefill_cases import (
+    CONTENTS,
+    GARBAGE,
+    GEOMETRIES,
+    PrefillCase,
+    PrefillProblem,
+    Result,
+    build,
+    offsets,
+    run,
+    run_into,
+)
 from tests.strategies import GPU
 from tests.targets import Target
 from tests.test_contract import same
@@ -135,7 +146,7 @@ def test_strides_change_no_bit_where_the_way_of_loading_does_not(target: Target,
     q, device = inputs.q, target.device
     wide_out = torch.full((q.shape[0], q.shape[1] + 1, out.shape[2] + 8), 7.0, dtype=out.dtype, device=device)
     wide_lse = torch.full((lse.shape[0], 2, lse.shape[1]), 7.0, device=device)
-    call(target, problem, out=wide_out[:, 1:, 8:], lse=wide_lse[:, 0])
+    run_into(target, problem, wide_out[:, 1:, 8:], wide_lse[:, 0])
     same((out, lse), (wide_out[:, 1:, 8:], wide_lse[:, 0]))
     assert bool((wide_out[:, :1] == 7).all() and (wide_out[..., :8] == 7).all() and (wide_lse[:, 1] == 7).all())
 
@@ -199,22 +210,22 @@ def test_offsets_that_contradict_the_tensors_touch_no_memory_outside(target: Tar
         if target.device == "cpu" or target.backend == "reference":
             if target.device == "cpu":
                 with pytest.raises(ValueError, match="cu_seqlens_[qk]: "):
-                    call(target, broken, out=outside[1], lse=outside_lse[1])
+                    run_into(target, broken, outside[1], outside_lse[1])
             continue
-        call(target, broken, out=outside[1], lse=outside_lse[1])
+        run_into(target, broken, outside[1], outside_lse[1])
         assert bool((outside[::2] == 7).all() and (outside_lse[::2] == 7).all())
     prefill_cases.check(problem, *run(target, problem))
 
 
 @pytest.mark.gpu
 def test_a_captured_prefill_is_right_at_any_lengths_of_as_many_tokens_and_sequences() -> None:
-    target = Target("cuda", "triton")
+    target = Target("cuda", "triton", Settings.from_env().tiles or "")
     first = build(PrefillCase((64, 100, 0), (64, 300, 0), padding=20, spare_keys=0), "cuda")
     out, lse = (tensor.clone() for tensor in run(target, first))
     graph = torch.cuda.CUDAGraph()
-    call(target, first, out=out, lse=lse)
+    run_into(target, first, out, lse)
     with torch.cuda.graph(graph):
-        call(target, first, out=out, lse=lse)
+        run_into(target, first, out, lse)
     for queries, keys in (((150, 3, 7), (160, 90, 114)), ((0, 0, 1), (0, 0, 364)), ((64, 100, 0), (64, 300, 0))):
         padding = 184 - sum(queries)
         later = build(PrefillCase(queries, keys, padding=padding, spare_keys=0, seed=5), "cuda")
@@ -228,7 +239,7 @@ def test_a_captured_prefill_is_right_at_any_lengths_of_as_many_tokens_and_sequen
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", [0, 1], ids=["aligned", "unaligned"])
 def test_rows_beyond_2_to_the_31_elements_are_found(step: int) -> None:
-    target = Target("cuda", "triton")
+    target = Target("cuda", "triton", Settings.from_env().tiles or "")
     problem = build(PrefillCase((3, 66), (4, 66), 2, GEOMETRIES[-1], content="needle", padding=1), "cuda")
     far = {}
     for name in ("q", "k_nope", "k_pe", "v"):
@@ -238,7 +249,8 @@ def test_rows_beyond_2_to_the_31_elements_are_found(step: int) -> None:
         far[name] = room.as_strided(tensor.shape, (1 << 25, *inner), room.storage_offset() + step).copy_(tensor)
     distant = problem.with_inputs(**far)
     out = torch.empty(70, 1 << 25, dtype=torch.bfloat16, device="cuda")[:, : 2 * 64].unflatten(1, (2, 64))
-    out, lse = call(target, distant, out=out)
+    lse = torch.empty(70, 2, device="cuda")
+    run_into(target, distant, out, lse)
     prefill_cases.check(problem, out, lse)
 
 

@@ -19,14 +19,14 @@ _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 # Chosen by the model (explain --estimate) of candidates that do not spill in the loop on Triton 3.6 and 3.9: rows 16 to
 # 64, keys 16 to 64, 2 to 8 warps, 1 to 3 stages, waves_per_eu 0 to 2; none ran on silicon. "model: a -> b us" is the
 # geometric mean over seven shapes of 1 to 128 requests and 1k to 82k tokens, from the tile before to the one named.
-# 16 rows, gfx942: 16x32, four warps, two stages -> 16x32, two warps, one stage. Model: 46.2 -> 47.8 us, which is partial
-# results of twice as many parts; two workgroups a unit hide one another's latency, of which the model has no word, and
-# score a key twice instead of four times, 2470 cycles a tile instead of 3950. Kept, as what has occupancy 2.
+# 16 rows, gfx942: 16x32, four warps, two stages -> 16x32, two warps, one stage. Model: 46.2 -> 47.8 us, of which all is
+# partial results of twice as many parts; two workgroups a unit hide one another's latency, of which the model has no
+# word, and score a key twice instead of four times, 2470 cycles a tile instead of 3950. Kept, for its occupancy of 2.
 # 16 rows, gfx950: the same, with two stages. Model: 33.3 -> 34.5 us. Kept for the same reason.
 # 16 rows: 16x32, two warps, two stages on gfx942 has room for one workgroup, two SIMDs idle. Model: 46.2 -> 45.7 us;
 # 16x16, four warps, which the model is twice too fast for: 48.4 us; waves_per_eu=2 with four warps spills. Dropped.
-# 32 rows: 16x32, two warps, two workgroups. Model: gfx942 44.5 -> 42.9 us, gfx950 31.3 -> 30.7 us, if both row tiles find
-# a key in L2, which the model takes for granted: dropped.
+# 32 rows: 16x32, two warps, two workgroups. Model: gfx942 44.5 -> 42.9 us, gfx950 31.3 -> 30.7 us, if both row tiles
+# find a key in L2, which the model takes for granted: dropped.
 # 64 rows of 64 heads, gfx942: 32x32, two warps. Model: 58.3 -> 57.0 us, but 314 -> 331 us at (64, 64, 16384). Dropped.
 # 64 rows of 128 heads, gfx942: 64x16 is 79.7 -> 78.8 us for a model that is twice too fast for 16 keys. Dropped.
 # 64 rows, gfx950: 64x32 is the model's choice, 39.0 us for 64 heads and 47.4 us for 128 (32x32: 39.5, 61.3); with two
