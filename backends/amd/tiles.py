@@ -1,4 +1,5 @@
-"""Decode and prefill tiles of AMD Instinct GPUs, none of which spills on Triton 3.6.0, but for gfx950's fp8_656.
+"""Decode and prefill tiles of AMD Instinct GPUs, none of which spills on Triton 3.6.0, but for gfx950's fp8_656, and 2
+registers of gfx90a's fp8, outside the loop.
 
 Comments: vector registers (of 512), LDS KB on gfx942 for the widest geometry of the row (Triton 3.6.0).
 """
@@ -12,7 +13,7 @@ from portable_mla.backends.triton.tile import FP8, GROUPED, DecodeRules, Rule, T
 _WIDE = Tile(64, 32, 4, 1, conversion="early", waves_per_eu=1, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 _MIDDLE = replace(_WIDE, block_h=32, num_stages=2)
 _NARROW = replace(_WIDE, block_h=16, num_stages=2)
-# two workgroups a unit; the fp8 formats, whose values are converted on the way, stay with four warps
+# two workgroups a unit
 _TWICE = replace(_NARROW, num_warps=2, num_stages=1, programs_per_unit=2)
 _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 
@@ -23,6 +24,8 @@ _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 # partial results of twice as many parts; two workgroups a unit hide one another's latency, of which the model has no
 # word, and score a key twice instead of four times, 2470 cycles a tile instead of 3950. Kept, for its occupancy of 2.
 # 16 rows, gfx950: the same, with two stages. Model: 33.3 -> 34.5 us. Kept for the same reason.
+# 16 rows, fp8 with one scale: the same tiles. The model has no fp8; its cycles of a tile, over half as many bytes, are
+# what four warps would wait for: 101 us of (128, 16, 4096) on gfx942, two 63, memory 75. Kept.
 # 16 rows: 16x32, two warps, two stages on gfx942 has room for one workgroup, two SIMDs idle. Model: 46.2 -> 45.7 us;
 # 16x16, four warps, which the model is twice too fast for: 48.4 us; waves_per_eu=2 with four warps spills. Dropped.
 # 32 rows: 16x32, two warps, two workgroups. Model: gfx942 44.5 -> 42.9 us, gfx950 31.3 -> 30.7 us, if both row tiles
@@ -41,8 +44,9 @@ _GFX942 = (
     Rule(when(latent_above=256, rows_above=32), _WIDE),
     # 437 regs, 38 KB, 208 16x16x16_bf16; 3.9: 371
     Rule(when(latent_above=256, rows_above=16), _MIDDLE),
-    Rule(when(formats=FP8, latent_above=256), _NARROW),
-    # 355 regs, 32 KB, 104 16x16x16_bf16; 3.9: 329
+    # 394 regs, 36 KB; two warps spill 2 registers with two stages, 156 with one
+    Rule(when(formats=GROUPED, latent_above=256), _NARROW),
+    # 355 regs, 32 KB, 104 16x16x16_bf16; 3.9: 329; fp8: 448, 32 KB; 3.9: 384
     Rule(when(latent_above=256), _TWICE),
     # 362 regs, 32 KB, 216 16x16x16_bf16; 3.9: 317
     Rule(when(latent_above=128, rows_above=32), replace(_SMALL, block_h=64)),
@@ -60,7 +64,7 @@ _GFX942 = (
 
 
 def _on_gfx950(tile: Tile) -> Tile:
-    """160 KiB of LDS hold two stages of two workgroups, 406 registers; 3.9: 389. kpack has no effect."""
+    """160 KiB hold two stages of two workgroups, 407 registers, fp8 473; 3.9: 389, 447. kpack has no effect."""
     return replace(tile, kpack=1, num_stages=2 if tile is _TWICE else tile.num_stages)
 
 
