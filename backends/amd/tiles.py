@@ -36,16 +36,11 @@ _SMALL = Tile(16, 32, 4, 2, matrix_instr_nonkdim=16, kpack=2, num_xcds=8)
 # stages it spills 9 to 83 registers on 3.6, and 64x64, 39.0 and 47.4 us, spills 40 on it. Dropped.
 # fp8_656, gfx950, 16 rows: 16x32, four warps, two stages spills 18 registers outside the loop on 3.6, 127 and in it on
 # 3.9; with one stage 25, and 51, once in it; 16x16 none (406, 392), of which the model has no word. Left as it was.
-# 64 KiB of LDS
-_GFX942 = (
-    # 490 regs, 36 KB; 64x32 spills 62 times in the loop
-    Rule(when(formats=GROUPED, rows_above=32), _MIDDLE),
+_UNGROUPED = (
     # 455 regs, 64 KB, 136 16x16x16_bf16; 3.9: 371
     Rule(when(latent_above=256, rows_above=32), _WIDE),
     # 437 regs, 38 KB, 208 16x16x16_bf16; 3.9: 371
     Rule(when(latent_above=256, rows_above=16), _MIDDLE),
-    # 394 regs, 36 KB; two warps spill 2 registers with two stages, 156 with one
-    Rule(when(formats=GROUPED, latent_above=256), _NARROW),
     # 355 regs, 32 KB, 104 16x16x16_bf16; 3.9: 329; fp8: 448, 32 KB; 3.9: 384
     Rule(when(latent_above=256), _TWICE),
     # 362 regs, 32 KB, 216 16x16x16_bf16; 3.9: 317
@@ -61,6 +56,14 @@ _GFX942 = (
     # 208 regs, 20 KB, 144 16x16x16_bf16; 3.9: 207
     Rule(when(), replace(_SMALL, block_n=64, programs_per_unit=2)),
 )
+# 64 KiB of LDS
+_GFX942 = (
+    # 490 regs, 36 KB; 64x32 spills 62 times in the loop
+    Rule(when(formats=GROUPED, rows_above=16), _MIDDLE),
+    # 394 regs, 36 KB; two warps spill 2 registers with two stages, 156 with one
+    Rule(when(formats=GROUPED), _NARROW),
+    *_UNGROUPED,
+)
 
 
 def _on_gfx950(tile: Tile) -> Tile:
@@ -73,7 +76,7 @@ _GFX950 = (
     Rule(when(formats=GROUPED), replace(_NARROW, kpack=1)),
     # 397 regs, 32 KB; 64x32 spills 4 times in the loop
     Rule(when(formats=FP8, latent_above=256, rows_above=32), replace(_MIDDLE, kpack=1)),
-    *(Rule(rule.when, _on_gfx950(rule.tile)) for rule in _GFX942[1:]),
+    *(Rule(rule.when, _on_gfx950(rule.tile)) for rule in _UNGROUPED),
 )
 # one L2 for all compute units of a die
 _GFX90A = tuple(Rule(rule.when, replace(rule.tile, kpack=1, num_xcds=1)) for rule in _GFX942)
