@@ -67,7 +67,7 @@ class AiterRunner:
         q, cache, heads = inputs.q, inputs.kv_cache, self._shape.heads
         if not cache.is_contiguous():
             raise NoBackend(f"{NAME}: needs a dense kv_cache, got strides {cache.stride()}; triton takes any")
-        self._step.ready(self._heads != heads or not out.is_contiguous(), out, lse)
+        finish = self._step.finishing(self._heads != heads or not out.is_contiguous(), out, lse)
         if self._step.fit(q) and self._persistent:
             self._plan_work(self._metadata)
         tokens, ragged = q.shape[0], self._metadata.ragged
@@ -87,7 +87,7 @@ class AiterRunner:
         returned = call(NAME, self._decode, **arguments)
         theirs = result(NAME, "lse", returned[1], (tokens, self._heads), torch.float32)
         copied = None if rows is out else rows[:, :heads].contiguous()
-        self._step.finish(VendorRows(theirs, (theirs.stride(0), 0, theirs.stride(1)), 1, copied), out, lse)
+        finish(VendorRows(theirs, (theirs.stride(0), 0, theirs.stride(1)), 1, copied), out, lse)
 
     def _rows(self, q: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and results as the kernels take them: dense, with the heads that they have."""

@@ -6,6 +6,7 @@ From `flash_attn_interface` (upstream), or the build inside vLLM, which can writ
 from __future__ import annotations
 
 import functools
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -36,18 +37,35 @@ _PLANNED = (
 _SHARED = ("q", "cu_seqlens_q", "max_seqlen_q", "softmax_scale", "causal", "scheduler_metadata", "num_splits",
            "return_softmax_lse")  # fmt: skip
 UPSTREAM, IN_VLLM = "flash_attn_with_kvcache", "flash_attn_varlen_func"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a build calls its parameters."""
+
+    keys: str
+    values: str
+    q_v: str
+    lens: str
+    table: str
+
+
+NAMES = {
+    UPSTREAM: Names("k_cache", "v_cache", "qv", "cache_seqlens", "page_table"),
+    IN_VLLM: Names("k", "v", "q_v", "seqused_k", "block_table"),
+}
 LIBRARIES = (
     Library(
         Package("flash_attn_interface", "flash_attn_interface", ("flash-attn-3", "flash-attn-interface")),
         "flash_attn_interface",
-        ((UPSTREAM, (*_SHARED, "k_cache", "v_cache", "qv", "cache_seqlens", "page_table")), (PLAN, _PLANNED)),
+        ((UPSTREAM, (*_SHARED, *astuple(NAMES[UPSTREAM]))), (PLAN, _PLANNED)),
         "CUDA",
     ),
     Library(
         Package("vllm", "vllm", ("vllm",)),
         "vllm.vllm_flash_attn",
         (
-            (IN_VLLM, (*_SHARED, "k", "v", "q_v", "max_seqlen_k", "seqused_k", "block_table", "out", "fa_version")),
+            (IN_VLLM, (*_SHARED, *astuple(NAMES[IN_VLLM]), "max_seqlen_k", "out", "fa_version")),
             (PLAN, _PLANNED),
             ("fa_version_unsupported_reason", ("fa_version",)),
         ),
@@ -133,9 +151,18 @@ class FlashAttn3Runner:
         self._shape, self._capacity, self._query_len = request.shape, request.capacity, request.max_query_len
         self._name, self._loaded = loaded.library.name, loaded
         self._in_place = IN_VLLM in loaded.functions
+        self._names = NAMES[IN_VLLM if self._in_place else UPSTREAM]
+        self._widths = [request.shape.latent_dim, request.shape.rope_dim]
         self._splits = most_splits(request)
         self._ratio = page_ratio(request)
         self._step = Step(request, table=True, ratio=self._ratio)
+        constant: dict[str, Any] = {
+            "max_seqlen_q": self._query_len, "causal": True, "num_splits": self._splits, "return_softmax_lse": True,
+        }  # fmt: skip
+        if self._in_place:
+            constant |= {"max_seqlen_k": self._max_kv_len, "fa_version": 3}
+        function = loaded.functions[IN_VLLM if self._in_place else UPSTREAM]
+        self._bound = self._call = functools.partial(call, self._name, function, **constant)  # call: of this step
         self._batch = 0
         self._schedule: Tensor | None = None
         self._current: Tensor | None = None
@@ -149,6 +176,9 @@ class FlashAttn3Runner:
         """Copy table and lengths to where they stay, and have the library schedule them."""
         self._step.plan(metadata)
         self._batch = metadata.batch.size
+        step, names = self._step.of(self._batch), self._names
+        views = {"cu_seqlens_q": step.query_indptr, names.lens: step.kv_lens, names.table: step.table}
+        self._call = functools.partial(self._bound, **views)
         self._plan()
 
     def memory(self) -> dict[str, int]:
@@ -161,48 +191,36 @@ class FlashAttn3Runner:
     ) -> None:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
-        name, latent_dim = self._name, self._shape.latent_dim
+        name = self._name
         cache, q = wide_cache(name, inputs.kv_cache), wide_rows(inputs.q)
         in_place = self._in_place and wide(out)
-        self._step.ready(not in_place, out, lse)
+        finish = self._step.finishing(not in_place, out, lse)
         if self._step.fit(q):
             self._plan()
         if self._batch == 0:
             out.zero_()
             lse.fill_(-torch.inf)
             return
-        pages, step = self._pages(cache).unsqueeze(2), self._step.of(self._batch)
-        shared = {
-            "q": q[..., latent_dim:], "cu_seqlens_q": step.query_indptr,
-            "max_seqlen_q": self._query_len, "softmax_scale": softmax_scale, "causal": True,
-            "scheduler_metadata": None if _capturing(q) else self._current, "num_splits": self._splits,
-            "return_softmax_lse": True,
-        }  # fmt: skip
-        keys, values, q_v = pages[..., latent_dim:], pages[..., :latent_dim], q[..., :latent_dim]
-        if self._in_place:
-            results = call(
-                name, self._loaded.functions[IN_VLLM], **shared, k=keys, v=values, q_v=q_v, seqused_k=step.kv_lens,
-                max_seqlen_k=self._max_kv_len, block_table=step.table, fa_version=3,
-                **({"out": out} if in_place else {}),
-            )  # fmt: skip
-        else:
-            results = call(
-                name, self._loaded.functions[UPSTREAM], **shared, k_cache=keys, v_cache=values, qv=q_v,
-                cache_seqlens=step.kv_lens, page_table=step.table,
-            )  # fmt: skip
-        rows = result(name, "out", results[0], tuple(out.shape), q.dtype)
+        values, keys = torch.split_with_sizes(self._pages(cache), self._widths, -1)
+        q_v, q_rope = torch.split_with_sizes(q, self._widths, -1)
+        names, given = self._names, {"out": out} if in_place else {}
+        results = self._call(
+            q=q_rope, softmax_scale=softmax_scale, scheduler_metadata=None if _capturing(q) else self._current,
+            **{names.keys: keys, names.values: values, names.q_v: q_v}, **given,
+        )  # fmt: skip
+        rows = result(name, "out", results[0], out.shape, q.dtype)
         theirs = result(name, "lse", results[1], (self._shape.heads, q.shape[0]), torch.float32)
-        copied = None if in_place else rows.contiguous()
-        self._step.finish(VendorRows(theirs, (theirs.stride(1), 0, theirs.stride(0)), 1, copied), out, lse)
+        of_head, of_query = theirs.stride()
+        finish(VendorRows(theirs, (of_query, 0, of_head), 1, None if in_place else rows.contiguous()), out, lse)
 
     @functools.cached_property
     def _max_kv_len(self) -> int:
         return self._step.width * (self._shape.page_size // self._ratio)
 
     def _pages(self, cache: Tensor) -> Tensor:
-        """The cache in the pages that the library is shown."""
+        """The cache in the pages that the library is shown, [pages, page_size, 1, latent + rope]."""
         if self._ratio == 1:
-            return cache
+            return cache.unsqueeze(2)
         pages, page_size, width = cache.shape
         of_page, of_slot, _ = cache.stride()
         if of_page != page_size * of_slot and pages > 1:
@@ -211,7 +229,7 @@ class FlashAttn3Runner:
                 "takes any"
             )
         small = page_size // self._ratio
-        return cache.as_strided((pages * self._ratio, small, width), (small * of_slot, of_slot, 1))
+        return cache.as_strided((pages * self._ratio, small, 1, width), (small * of_slot, of_slot, width, 1))
 
     def _plan(self) -> None:
         """Schedule the step; FA3 has none for a batch of no requests."""

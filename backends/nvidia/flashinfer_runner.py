@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ class WrapperRunner:
     """Decode with the wrapper and its kernel fa2 or fa3, over our page indices, which it reads in place.
 
     Its plan copies row pointers and lengths to the host and waits for them, so that neither a graph nor an overlap
-    survives a step; it also wants the softmax scale, so the first step is planned in its first call. Beside the
-    library's launches there is one that defines rows that it does not write.
+    survives a step; it also wants the softmax scale, so the first step is planned in its first call. Having waited, the
+    plan also reads which rows see keys: where all do and lse is dense, the library writes all results. Elsewhere there
+    is one launch beside the library's, which defines rows that it does not write.
     """
 
     def __init__(self, request: Request, loaded: Loaded, kernel: str) -> None:
@@ -41,8 +44,11 @@ class WrapperRunner:
         self._wrapper: Any = None
         self._workspace: Tensor | None = None
         self._lse: Tensor | None = None
+        self._widths = [request.shape.latent_dim, request.shape.rope_dim]
+        self._call: Callable[..., Any]
         self._scale: float | None = None
         self._stale = True
+        self._seeing = 0  # leading rows of the step that see keys
 
     @property
     def graph_safe(self) -> bool:
@@ -58,6 +64,8 @@ class WrapperRunner:
             self._wrapper = call(
                 NAME, self._loaded.functions[WRAPPER], float_workspace_buffer=self._workspace, backend=self._kernel
             )
+            constant = {"return_lse": True, "return_lse_base_on_e": True}
+            self._call = functools.partial(call, NAME, self._wrapper.run, **constant)
         self._step.plan(metadata)
         self._metadata, self._stale = metadata, True
         if self._scale is not None:
@@ -71,31 +79,30 @@ class WrapperRunner:
     def run(
         self, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, softmax_scale: float, kv_scale: Tensor | None = None
     ) -> None:
-        """The library's launches, and one of ours."""
+        """The library's launches, and one of ours where they leave rows unwritten."""
         assert self._metadata is not None and self._lse is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
-        latent_dim = self._shape.latent_dim
         cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
         if max(*cache.stride(), *q.stride(), *out.stride()) >= 2**32:
             raise NoBackend(f"{NAME}: needs strides below 2**32 elements, got {cache.stride()} of kv_cache")
-        self._step.ready(False, out, lse)
         if self._step.fit(q) or self._stale or softmax_scale != self._scale:
             self._plan(softmax_scale)
-        theirs = self._lse[: q.shape[0]]
-        queries, keys = (q[..., :latent_dim], q[..., latent_dim:]), (cache[..., :latent_dim], cache[..., latent_dim:])
-        inputs_ = (
-            {"query": queries, "kv_cache": keys}
-            if self._structured
-            else {"q_nope": queries[0], "q_pe": queries[1], "ckv_cache": keys[0], "kpe_cache": keys[1]}
-        )
-        returned = call(
-            NAME, self._wrapper.run, **inputs_, out=out, lse=theirs, return_lse=True, return_lse_base_on_e=True
-        )
+        tokens = q.shape[0]
+        done = tokens <= self._seeing and lse.is_contiguous()  # by the library alone
+        finish = None if done else self._step.finishing(False, out, lse)
+        theirs = lse if done else self._lse[:tokens]
+        queries, keys = torch.split_with_sizes(q, self._widths, -1), torch.split_with_sizes(cache, self._widths, -1)
+        if self._structured:
+            returned = self._call(query=queries, kv_cache=keys, out=out, lse=theirs)
+        else:
+            (q_nope, q_pe), (ckv, kpe) = queries, keys
+            returned = self._call(q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv, kpe_cache=kpe, out=out, lse=theirs)
         if returned[0] is not out and returned[0].data_ptr() != out.data_ptr():
             raise BackendError(f"{NAME}: returned another tensor than the out that it was given")
-        result(NAME, "out", returned[0], tuple(out.shape), q.dtype)
-        result(NAME, "lse", returned[1], tuple(lse.shape), torch.float32)
-        self._step.finish(VendorRows(theirs, (theirs.stride(0), 0, 1), 1), out, lse)
+        result(NAME, "out", returned[0], out.shape, q.dtype)
+        result(NAME, "lse", returned[1], lse.shape, torch.float32)
+        if finish is not None:
+            finish(VendorRows(theirs, (theirs.stride(0), 0, 1), 1), out, lse)
 
     def _plan(self, softmax_scale: float) -> None:
         metadata, shape = self._metadata, self._shape
@@ -117,6 +124,7 @@ class WrapperRunner:
         else:
             arguments |= form
         call(NAME, self._wrapper.plan, **arguments)
+        self._seeing = self._step.rows_that_see()
         self._scale, self._stale = softmax_scale, False
 
 
@@ -127,10 +135,14 @@ class TableRunner:
     """
 
     def __init__(self, request: Request, loaded: Loaded, kernel: str) -> None:
-        self._shape, self._query_len, self._kernel = request.shape, request.max_query_len, kernel
-        self._call = loaded.functions[TABLE_CALL]
+        self._shape, self._query_len = request.shape, request.max_query_len
         self._tokens = request.capacity.max_query_tokens
         self._step = Step(request, table=True)
+        self._call = functools.partial(
+            call, NAME, loaded.functions[TABLE_CALL], qk_nope_head_dim=NOPE_DIM, kv_lora_rank=request.shape.latent_dim,
+            qk_rope_head_dim=request.shape.rope_dim, max_seq_len=self._step.width * request.shape.page_size,
+            bmm2_scale=1.0, backend=kernel, return_lse=True,
+        )  # fmt: skip
         self._workspace: Tensor | None = None
         self._lse: Tensor | None = None
 
@@ -159,25 +171,23 @@ class TableRunner:
         """The library's launches, and one of ours."""
         assert self._lse is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
-        shape, query_len = self._shape, self._query_len
+        query_len = self._query_len
         cache, q = wide_cache(NAME, inputs.kv_cache), inputs.q.contiguous()
         in_place = out.is_contiguous()
-        self._step.ready(not in_place, out, lse)
+        finish = self._step.finishing(not in_place, out, lse)
         self._step.fit(q)
-        batch, theirs = q.shape[0] // query_len, self._lse[: q.shape[0]]
+        tokens, heads, latent_dim = out.shape
+        batch, theirs = tokens // query_len, self._lse[:tokens]
         step = self._step.of(batch)
         own = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
-        returned = call(
-            NAME, self._call, query=q.view(batch, query_len, shape.heads, -1), kv_cache=cache,
-            workspace_buffer=self._workspace, qk_nope_head_dim=NOPE_DIM, kv_lora_rank=shape.latent_dim,
-            qk_rope_head_dim=shape.rope_dim, block_tables=step.table, seq_lens=step.kv_lens,
-            max_seq_len=self._step.width * shape.page_size, out=own.view(batch, query_len, shape.heads, -1),
-            bmm1_scale=softmax_scale, bmm2_scale=1.0, backend=self._kernel, lse=theirs, return_lse=True,
+        returned = self._call(
+            query=q.view(batch, query_len, heads, -1), kv_cache=cache, workspace_buffer=self._workspace,
+            block_tables=step.table, seq_lens=step.kv_lens, out=own.view(batch, query_len, heads, latent_dim),
+            bmm1_scale=softmax_scale, lse=theirs,
         )  # fmt: skip
-        result(NAME, "lse", returned[1], tuple(lse.shape), torch.float32)
+        result(NAME, "lse", returned[1], lse.shape, torch.float32)
         copied = None if in_place else own
-        rows = VendorRows(theirs, (theirs.stride(0), 0, 1), 1, copied, natural_per_unit=math.log(2))
-        self._step.finish(rows, out, lse)
+        finish(VendorRows(theirs, (heads, 0, 1), 1, copied, natural_per_unit=math.log(2)), out, lse)
 
 
 def _structured_metadata() -> Any:

@@ -114,15 +114,16 @@ class FlashMLARunner:
     def __init__(self, request: Request, loaded: Loaded) -> None:
         self._shape, self._query_len = request.shape, request.max_query_len
         self._name = loaded.library.name
-        self._decode, self._get_metadata = loaded.functions[DECODE], loaded.functions[PLAN]
+        self._get_metadata = loaded.functions[PLAN]
         self._hoisted = loaded.functions.get(HOISTED)
         self._plans_later = self._hoisted is None and loaded.takes_anything(PLAN)
         self._in_place = loaded.takes(DECODE, "out")
-        self._constant: dict[str, Any] = {"head_dim_v": request.shape.latent_dim, "causal": request.max_query_len > 1}
+        constant: dict[str, Any] = {"head_dim_v": request.shape.latent_dim, "causal": request.max_query_len > 1}
         if loaded.takes(DECODE, "use_legacy"):
-            self._constant["use_legacy"] = True
+            constant["use_legacy"] = True
         if loaded.takes(DECODE, "is_fp8_kvcache"):
-            self._constant["is_fp8_kvcache"] = False
+            constant["is_fp8_kvcache"] = False
+        self._call = functools.partial(call, self._name, loaded.functions[DECODE], **constant)
         self._step = Step(request, table=True)
         self._schedules: dict[int, _Schedule] = {}  # by the requests of a call
 
@@ -152,22 +153,22 @@ class FlashMLARunner:
         name, heads, query_len = self._name, self._shape.heads, self._query_len
         cache, q = wide_cache(name, inputs.kv_cache), wide_rows(inputs.q)
         in_place = self._in_place and out.is_contiguous()
-        self._step.ready(not in_place, out, lse)
+        finish = self._step.finishing(not in_place, out, lse)
         batch = q.shape[0] // query_len
         step = self._step.of(batch)
         schedule, splits = self._schedule_of(step.kv_lens).pair
-        results = call(
-            name, self._decode, q=q.view(batch, query_len, heads, -1), k_cache=cache.unsqueeze(2),
-            block_table=step.table, cache_seqlens=step.kv_lens, tile_scheduler_metadata=schedule, num_splits=splits,
-            softmax_scale=softmax_scale, **self._constant,
-            **({"out": out.view(batch, query_len, heads, -1)} if in_place else {}),
-        )  # fmt: skip
         shape = (batch, query_len, heads, self._shape.latent_dim)
+        given = {"out": out.view(shape)} if in_place else {}
+        results = self._call(
+            q=q.view(batch, query_len, heads, -1), k_cache=cache.unsqueeze(2), block_table=step.table,
+            cache_seqlens=step.kv_lens, tile_scheduler_metadata=schedule, num_splits=splits,
+            softmax_scale=softmax_scale, **given,
+        )  # fmt: skip
         rows = result(name, "out", results[0], shape, q.dtype)
         theirs = result(name, "lse", results[1], (batch, heads, query_len), torch.float32)
         of_batch, of_head, of_query = theirs.stride()
-        copied = None if in_place else rows.contiguous().flatten(0, 1)
-        self._step.finish(VendorRows(theirs, (of_batch, of_query, of_head), query_len, copied), out, lse)
+        copied = None if in_place else rows.contiguous()
+        finish(VendorRows(theirs, (of_batch, of_query, of_head), query_len, copied), out, lse)
 
     def _schedule_of(self, lens: Tensor) -> _Schedule:
         """The schedule of this step for so many requests, or, in a capture that none can be kept for, its own."""

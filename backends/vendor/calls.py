@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,7 +29,7 @@ def result(library: str, name: str, value: object, shape: tuple[int, ...], dtype
     """A tensor that the library returned; BackendError if it is none, or of another shape or dtype."""
     if not isinstance(value, Tensor):
         raise BackendError(f"{library}: returned {type(value).__name__} for {name}, expected a tensor")
-    if tuple(value.shape) != shape or value.dtype != dtype:
+    if value.shape != shape or value.dtype != dtype:
         raise BackendError(
             f"{library}: returned {name} of shape {tuple(value.shape)} and {value.dtype}, expected {shape} and {dtype}"
         )
@@ -37,8 +38,13 @@ def result(library: str, name: str, value: object, shape: tuple[int, ...], dtype
 
 def wide(tensor: Tensor) -> bool:
     """Whether its address and outer strides are multiples of 16 bytes, as wide copies need."""
-    size, outer = tensor.element_size(), zip(tensor.stride()[:-1], tensor.shape, strict=False)
-    return not any([tensor.data_ptr() % 16, *[stride * size % 16 for stride, extent in outer if extent > 1]])
+    return tensor.data_ptr() % 16 == 0 and _wide_strides(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@functools.lru_cache(1024)  # the layers of a model repeat them
+def _wide_strides(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> bool:
+    outer = zip(shape[:-1], strides[:-1], strict=True)
+    return not any(stride * dtype.itemsize % 16 for extent, stride in outer if extent > 1)
 
 
 def wide_cache(library: str, cache: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +21,7 @@ TABLE_WIDTH = 128  # the page table's width is a multiple of it
 BLOCK_H = {True: 4, False: 16}  # heads a program of the finishing kernel, where out is copied and where it is not
 
 
-@dataclass(frozen=True)
-class VendorRows:
+class VendorRows(NamedTuple):
     """What a library returned: its LSE, and its out where that was not written in place.
 
     lse_strides: of a request, of a query token within it, of a head; natural_per_unit: ln 2 for an LSE in base 2.
@@ -29,8 +30,11 @@ class VendorRows:
     lse: Tensor
     lse_strides: tuple[int, int, int]
     query_len: int
-    out: Tensor | None = None  # [tokens, heads, latent], dense
+    out: Tensor | None = None  # tokens x heads x latent, dense
     natural_per_unit: float = 1.0
+
+
+Finishing = Callable[[VendorRows, Tensor, Tensor], None]  # given the library's rows, writes out and lse
 
 
 @dataclass(frozen=True)
@@ -120,15 +124,17 @@ class Step:
         self._update()
         return True
 
-    def ready(self, rows_copied: bool, out: Tensor, lse: Tensor) -> None:
-        """Raises GraphCaptureError where a capture could not take the finishing launch: ask before the library is."""
-        if out.is_cuda:
-            self._launch(rows_copied).ready(self._key(out, lse))
+    def finishing(self, rows_copied: bool, out: Tensor, lse: Tensor) -> Finishing:
+        """What makes results as ours are defined of the library's, in one launch: ask before the library is called.
 
-    def finish(self, rows: VendorRows, out: Tensor, lse: Tensor) -> None:
-        """Results as ours are defined, from the library's, in one launch."""
-        write = self._finish_rows if out.is_cuda else self._finish_with_torch
-        write(rows, out, lse)
+        Raises GraphCaptureError where a capture could not take the launch.
+        """
+        return self._finishing_launch(rows_copied, out, lse) if out.is_cuda else self._finish_with_torch
+
+    def rows_that_see(self) -> int:
+        """How many rows there are before the first that sees no keys or is faulty; waits for the device."""
+        others = self.states.cpu().nonzero()
+        return int(others[0]) if len(others) else self._tokens
 
     def _allocate(self, device: torch.device) -> tuple[Tensor, ...]:
         capacity = self._capacity
@@ -189,25 +195,26 @@ class Step:
             own = self.states[start:stop]
             own.copy_(state[: len(own)].masked_fill(faulty[index], FAULTY))
 
-    def _launch(self, rows_copied: bool) -> KernelLaunch:
-        if rows_copied not in self._finish:
+    def _finishing_launch(self, copied: bool, out: Tensor, lse: Tensor) -> Finishing:
+        kernel = self._finish.get(copied)
+        if kernel is None:
             from portable_mla.backends.vendor.step_kernels import finish_rows_kernel
 
-            constants = finish_constants(self._shape.latent_dim, rows_copied)
-            self._finish[rows_copied] = KernelLaunch(finish_rows_kernel, constants)
-        return self._finish[rows_copied]
-
-    def _key(self, out: Tensor, lse: Tensor) -> tuple[object, ...]:
-        return out.device.index, out.stride(), lse.stride(), alignment(out, lse)
-
-    def _finish_rows(self, rows: VendorRows, out: Tensor, lse: Tensor) -> None:
+            constants = finish_constants(self._shape.latent_dim, copied)
+            kernel = self._finish[copied] = KernelLaunch(finish_rows_kernel, constants)
         tokens, heads, _ = out.shape
-        copied = rows.out is not None
-        self._launch(copied)(
-            self._key(out, lse), (tokens, -(-heads // BLOCK_H[copied])),
-            self.states, rows.out, rows.lse, out, lse, heads, rows.query_len,
-            rows.natural_per_unit, *rows.lse_strides, *out.stride()[:2], *lse.stride(),
-        )  # fmt: skip
+        strides, lse_strides, states = out.stride(), lse.stride(), self.buffers[2]
+        key = out.get_device(), strides, lse_strides, alignment(out, lse)
+        launch = kernel.at(key, (tokens, -(-heads // BLOCK_H[copied])))
+
+        def finish(rows: VendorRows, out: Tensor, lse: Tensor) -> None:
+            theirs, (of_request, of_query, of_head), query_len, copy, natural = rows
+            launch(
+                states, copy, theirs, out, lse, heads, query_len, natural, of_request, of_query, of_head,
+                strides[0], strides[1], *lse_strides,
+            )  # fmt: skip
+
+        return finish
 
     def _finish_with_torch(self, rows: VendorRows, out: Tensor, lse: Tensor) -> None:
         """The same from torch's own operations."""
@@ -221,7 +228,7 @@ class Step:
         lse.copy_(
             torch.where(state == SEES, given.reshape(tokens, heads), torch.where(state == EMPTY, -torch.inf, fill))
         )
-        result = out if rows.out is None else rows.out
+        result = out if rows.out is None else rows.out.view(out.shape)
         out.copy_(torch.where(state[..., None] == SEES, result, fill[..., None].to(out.dtype)))
 
 
