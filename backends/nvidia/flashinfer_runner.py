@@ -83,7 +83,7 @@ class WrapperRunner:
         assert self._metadata is not None and self._lse is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
         cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
-        if max(*cache.stride(), *q.stride(), *out.stride()) >= 2**32:
+        if max(cache.stride() + q.stride() + out.stride()) >= 2**32:
             raise NoBackend(f"{NAME}: needs strides below 2**32 elements, got {cache.stride()} of kv_cache")
         if self._step.fit(q) or self._stale or softmax_scale != self._scale:
             self._plan(softmax_scale)
@@ -97,9 +97,10 @@ class WrapperRunner:
         else:
             (q_nope, q_pe), (ckv, kpe) = queries, keys
             returned = self._call(q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv, kpe_cache=kpe, out=out, lse=theirs)
-        if returned[0] is not out and returned[0].data_ptr() != out.data_ptr():
-            raise BackendError(f"{NAME}: returned another tensor than the out that it was given")
-        result(NAME, "out", returned[0], out.shape, q.dtype)
+        if returned[0] is not out:
+            rows = result(NAME, "out", returned[0], out.shape, q.dtype)
+            if rows.data_ptr() != out.data_ptr():
+                raise BackendError(f"{NAME}: returned another tensor than the out that it was given")
         result(NAME, "lse", returned[1], lse.shape, torch.float32)
         if finish is not None:
             finish(VendorRows(theirs, (theirs.stride(0), 0, 1), 1), out, lse)
@@ -145,6 +146,7 @@ class TableRunner:
         )  # fmt: skip
         self._workspace: Tensor | None = None
         self._lse: Tensor | None = None
+        self._lse_rows: dict[int, Tensor] = {}  # views of it
 
     @property
     def graph_safe(self) -> bool:
@@ -177,7 +179,9 @@ class TableRunner:
         finish = self._step.finishing(not in_place, out, lse)
         self._step.fit(q)
         tokens, heads, latent_dim = out.shape
-        batch, theirs = tokens // query_len, self._lse[:tokens]
+        if tokens not in self._lse_rows:
+            self._lse_rows[tokens] = self._lse[:tokens]
+        batch, theirs = tokens // query_len, self._lse_rows[tokens]
         step = self._step.of(batch)
         own = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
         returned = self._call(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,14 +36,13 @@ def result(library: str, name: str, value: object, shape: tuple[int, ...], dtype
 
 
 def wide(tensor: Tensor) -> bool:
-    """Whether its address and outer strides are multiples of 16 bytes, as wide copies need."""
-    return tensor.data_ptr() % 16 == 0 and _wide_strides(tensor.shape, tensor.stride(), tensor.dtype)
-
-
-@functools.lru_cache(1024)  # the layers of a model repeat them
-def _wide_strides(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> bool:
-    outer = zip(shape[:-1], strides[:-1], strict=True)
-    return not any(stride * dtype.itemsize % 16 for extent, stride in outer if extent > 1)
+    """Whether the address and the outer strides of a tensor of 3 dimensions are multiples of 16 bytes, as wide copies
+    need."""
+    address, size, (outer, inner, _) = tensor.data_ptr(), tensor.element_size(), tensor.stride()
+    if (address | outer * size | inner * size) % 16 == 0:  # of each, at once
+        return True
+    strides = [stride * size for stride, extent in zip((outer, inner), tensor.shape, strict=False) if extent > 1]
+    return not any([address % 16, *[stride % 16 for stride in strides]])
 
 
 def wide_cache(library: str, cache: Tensor) -> Tensor:

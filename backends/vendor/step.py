@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from portable_mla.shape import Request
 
 SEES, EMPTY, FAULTY = 0, 1, 2  # what a query row is
 TABLE_WIDTH = 128  # the page table's width is a multiple of it
+REMEMBERED_CALLS = 1024
 BLOCK_H = {True: 4, False: 16}  # heads a program of the finishing kernel, where out is copied and where it is not
 
 
@@ -62,7 +63,8 @@ class Step:
         self._metadata: DecodeMetadata | None = None
         self.buffers: tuple[Tensor, ...] = ()  # kv_lens, query_indptr, states, and the table if wanted
         self._views: dict[int, StepView] = {}
-        self._finish: dict[bool, KernelLaunch] = {}
+        self._kernels: dict[bool, KernelLaunch] = {}
+        self._finishing: dict[Hashable, Finishing] = {}  # by numbers alone: a caller's tensors are not kept
 
     @property
     def width(self) -> int:
@@ -196,25 +198,34 @@ class Step:
             own.copy_(state[: len(own)].masked_fill(faulty[index], FAULTY))
 
     def _finishing_launch(self, copied: bool, out: Tensor, lse: Tensor) -> Finishing:
-        kernel = self._finish.get(copied)
-        if kernel is None:
-            from portable_mla.backends.vendor.step_kernels import finish_rows_kernel
+        called = copied, out.get_device(), out.shape, out.stride(), lse.stride(), alignment(out, lse)
+        return self._finishing.get(called) or self._new_finishing(called)
 
-            constants = finish_constants(self._shape.latent_dim, copied)
-            kernel = self._finish[copied] = KernelLaunch(finish_rows_kernel, constants)
-        tokens, heads, _ = out.shape
-        strides, lse_strides, states = out.stride(), lse.stride(), self.buffers[2]
-        key = out.get_device(), strides, lse_strides, alignment(out, lse)
-        launch = kernel.at(key, (tokens, -(-heads // BLOCK_H[copied])))
+    def _new_finishing(self, called: Any) -> Finishing:
+        copied, device, (tokens, heads, _), (of_token, of_row, _), lse_strides, aligned = called
+        kernel, key = self._finish(copied), (device, of_token, of_row, lse_strides, aligned)
+        states, launch = self.states, kernel.at(key, (tokens, -(-heads // BLOCK_H[copied])))
 
         def finish(rows: VendorRows, out: Tensor, lse: Tensor) -> None:
             theirs, (of_request, of_query, of_head), query_len, copy, natural = rows
             launch(
                 states, copy, theirs, out, lse, heads, query_len, natural, of_request, of_query, of_head,
-                strides[0], strides[1], *lse_strides,
+                of_token, of_row, *lse_strides,
             )  # fmt: skip
 
+        if kernel.ready(key) is not None:
+            if len(self._finishing) >= REMEMBERED_CALLS:
+                self._finishing.clear()
+            self._finishing[called] = finish
         return finish
+
+    def _finish(self, copied: bool) -> KernelLaunch:
+        if copied not in self._kernels:
+            from portable_mla.backends.vendor.step_kernels import finish_rows_kernel
+
+            constants = finish_constants(self._shape.latent_dim, copied)
+            self._kernels[copied] = KernelLaunch(finish_rows_kernel, constants)
+        return self._kernels[copied]
 
     def _finish_with_torch(self, rows: VendorRows, out: Tensor, lse: Tensor) -> None:
         """The same from torch's own operations."""

@@ -126,7 +126,10 @@ def finish_rows_kernel(
     LATENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program finishes BLOCK_H heads of one token: LSE where we want it, rows that see nothing, faulty rows."""
+    """One program finishes BLOCK_H heads of one token: LSE where we want it, rows that see nothing, faulty rows.
+
+    Kept for one query token too: the libraries allocate their LSE, and only the device knows which rows see nothing.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     valid = head < heads

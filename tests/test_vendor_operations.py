@@ -1,0 +1,104 @@
+"""What the adapters do on the host in each call beside the library's: tensor operations and launches, by count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from portable_mla.backends.vendor.step import Step
+from tests import fake_libraries as fakes
+from tests.cases import Case, Problem, build
+from tests.test_vendor_runs import LIBRARIES, Bound, put
+from tests.vendor_machine import machine
+
+pytestmark = pytest.mark.usefixtures("plain_environment")
+
+UNIFORM = Case((130, 65, 1), heads=16, page_size=64)
+EMPTY_REQUEST = Case((130, 65, 0), heads=16, page_size=64)
+# An operation costs a host 1 us, a slow one several: here are the views that the libraries ask for, and nothing else.
+OPERATIONS = {
+    "flash_mla 1": ("view", "unsqueeze"),
+    "flash_mla 2": ("view", "unsqueeze"),
+    "flash_mla 3": ("view", "unsqueeze"),
+    "sgl-flash-mla": ("view", "unsqueeze"),
+    "vllm flashmla": ("view", "view", "unsqueeze"),
+    "flash_attn_interface": ("unsqueeze", "split_with_sizes", "split_with_sizes"),
+    "vllm flash_attn": ("unsqueeze", "split_with_sizes", "split_with_sizes"),
+    "flashinfer 0.6": ("split_with_sizes", "split_with_sizes"),
+    "flashinfer 0.7": ("split_with_sizes", "split_with_sizes"),
+    "flashinfer table": ("view", "view"),
+    "aiter": ("view", "slice", "slice", "slice"),
+    # Its kernels have no 16 heads: queries are padded, and results copied.
+    "aiter persistent": ("view", "copy_", "clone", *("slice",) * 6),
+}
+WITHOUT_LAUNCH = ("flashinfer 0.6", "flashinfer 0.7")  # their plan reads on the host that every row sees keys
+LIBRARY_CALLS = ((fakes, "flash_mla"), (fakes, "flash_attn3"), (fakes.PlannedWrapper, "attend"), (fakes, "table_call"),
+                 (fakes, "aiter_decode"))  # fmt: skip
+
+
+class Count(TorchDispatchMode):
+    """The operations in its scope, but for those of the library and of the finishing launch, which it counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[str] = []
+        self.launches, self._apart = 0, False
+        for owner, name in LIBRARY_CALLS:
+            monkeypatch.setattr(owner, name, self._aside(getattr(owner, name)))
+        finish = Step._finish_with_torch
+
+        def launch(*arguments: Any) -> None:
+            self.launches += 1
+            finish(*arguments)
+
+        monkeypatch.setattr(Step, "_finish_with_torch", self._aside(launch))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._apart:
+            self.operations.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def _aside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def uncounted(*arguments: Any, **keywords: Any) -> Any:
+            with self._set_apart():
+                return function(*arguments, **keywords)
+
+        return uncounted
+
+    @contextmanager
+    def _set_apart(self) -> Iterator[None]:
+        self._apart = True
+        yield
+        self._apart = False
+
+
+def counted(library: str, problem: Problem, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Count:
+    """The second call of a step, which has the library's schedule of the first."""
+    with machine(folder, monkeypatch) as here:
+        bound = Bound(*put(here, library), problem)
+        out, lse = bound.step(problem)
+        count = Count(monkeypatch)
+        with count:
+            bound.runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
+    return count
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_call_makes_the_views_that_the_library_needs_and_no_more(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = counted(library, build(UNIFORM), tmp_path, monkeypatch)
+    assert sorted(count.operations) == sorted(OPERATIONS[library])
+    assert count.launches == (library not in WITHOUT_LAUNCH)
+
+
+@pytest.mark.parametrize("library", WITHOUT_LAUNCH)
+def test_rows_that_see_nothing_are_finished_by_a_launch(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert counted(library, build(EMPTY_REQUEST), tmp_path, monkeypatch).launches == 1
