@@ -66,7 +66,14 @@ def _one_query(request: Request) -> str | None:
 
 
 def _whole_pages(request: Request) -> str | None:
-    """On an H100, fa3 of 0.6.14: a row error of 0.24 with 5 heads, 3 query tokens and 63 keys in pages of 1."""
+    """On an H100, fa3 of 0.6.14: a row error of 0.24 with 5 heads, 3 query tokens and 63 keys in pages of 1.
+
+    Why is not known. By its source the page size only divides a key's index, and masks, splits and merges of that case
+    are right; so it may be one of two orders that nothing enforces there, at any page size (include/flashinfer/
+    attention/mla_hopper.cuh): one warpgroup writes its half of out over the keys of stage 0, where the other may still
+    multiply by them (write_o, since flashinfer-ai/flashinfer#3694), and no proxy fence follows the stores of P and of
+    copied keys that wgmma reads.
+    """
     held = request.max_query_len == 1 or request.shape.page_size > 1
     return None if held else "needs a page_size above 1 for several query tokens: wrong results with 1 were seen"
 
