@@ -60,5 +60,5 @@ def test_a_launch_goes_straight_to_the_launcher_where_it_is_known_and_unobserved
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     monkeypatch.setattr(launch, "_hooked", lambda: hooked)
     compiled = kernel()
-    launch.straight(compiled, (5,))("q", 3)
+    launch.straight(compiled, (5,), (3,))("q")
     assert compiled.calls == [launched]

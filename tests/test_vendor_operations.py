@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from portable_mla.backends.vendor.step import Step
+from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.launch import KernelLaunch
 from tests import fake_libraries as fakes
 from tests.cases import Case, Problem, build
 from tests.test_vendor_runs import LIBRARIES, Bound, put
-from tests.vendor_machine import machine
+from tests.vendor_machine import machine, request
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -102,3 +105,38 @@ def test_rows_that_see_nothing_are_finished_by_a_launch(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert counted(library, build(EMPTY_REQUEST), tmp_path, monkeypatch).launches == 1
+
+
+def test_a_finishing_launch_takes_the_tensors_of_its_own_call_and_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[Any, ...]] = []
+    looked_up: list[Any] = []
+
+    def at(self: KernelLaunch, key: Hashable, grid: tuple[int, ...]) -> Callable[..., None]:
+        looked_up.append((key, grid))
+        return lambda *arguments: launched.append((grid, *arguments))
+
+    monkeypatch.setattr(KernelLaunch, "at", at)
+    monkeypatch.setattr(KernelLaunch, "ready", lambda self, key: "compiled")
+    step = Step(request("sm90"), table=False)
+    step.buffers = step._allocate(torch.device("cpu"))
+    theirs = torch.zeros(4, 16, 1)
+
+    def finish(out: torch.Tensor, lse: torch.Tensor) -> tuple[Any, ...]:
+        step._finishing_launch(False, out, lse)(VendorRows(theirs, (16, 1, 1), 1), out, lse)
+        return launched.pop()
+
+    def results(tokens: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(tokens, heads, 512, dtype=torch.bfloat16)[:, :16], torch.zeros(tokens, heads)[:, :16]
+
+    for index, (tokens, heads) in enumerate(((4, 16), (4, 16), (2, 16), (4, 17))):
+        out, lse = results(tokens, heads)
+        grid, states, copied, lse_of_library, *rest = finish(out, lse)
+        assert grid == (tokens, 1) and states is step.states and copied is None and lse_of_library is theirs
+        assert rest[0] is out and rest[1] is lse
+        assert rest[2:] == [16, 1, 1.0, 16, 1, 1, heads * 512, 512, heads, 1]
+        assert len(looked_up) == (1, 1, 2, 3)[index]
+    last, lse = results(4, 16)
+    kept = weakref.ref(last)
+    finish(last, lse)
+    del last
+    assert kept() is None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
 from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import call, result, wide, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, result, wide, wide_cache, wide_rows
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.cache_format import CacheFormat
@@ -162,7 +162,7 @@ class FlashAttn3Runner:
         if self._in_place:
             constant |= {"max_seqlen_k": self._max_kv_len, "fa_version": 3}
         function = loaded.functions[IN_VLLM if self._in_place else UPSTREAM]
-        self._bound = self._call = functools.partial(call, self._name, function, **constant)  # call: of this step
+        self._decode = self._decode_step = functools.partial(function, **constant)
         self._batch = 0
         self._schedule: Tensor | None = None
         self._current: Tensor | None = None
@@ -178,7 +178,7 @@ class FlashAttn3Runner:
         self._batch = metadata.batch.size
         step, names = self._step.of(self._batch), self._names
         views = {"cu_seqlens_q": step.query_indptr, names.lens: step.kv_lens, names.table: step.table}
-        self._call = functools.partial(self._bound, **views)
+        self._decode_step = functools.partial(self._decode, **views)
         self._plan()
 
     def memory(self) -> dict[str, int]:
@@ -203,11 +203,14 @@ class FlashAttn3Runner:
             return
         values, keys = torch.split_with_sizes(self._pages(cache), self._widths, -1)
         q_v, q_rope = torch.split_with_sizes(q, self._widths, -1)
-        names, given = self._names, {"out": out} if in_place else {}
-        results = self._call(
-            q=q_rope, softmax_scale=softmax_scale, scheduler_metadata=None if _capturing(q) else self._current,
-            **{names.keys: keys, names.values: values, names.q_v: q_v}, **given,
-        )  # fmt: skip
+        names = self._names
+        arguments = {
+            "q": q_rope, names.keys: keys, names.values: values, names.q_v: q_v, "softmax_scale": softmax_scale,
+            "scheduler_metadata": None if _capturing(q) else self._current,
+        }  # fmt: skip
+        if in_place:
+            arguments["out"] = out
+        results = call_with(name, self._decode_step, arguments)
         rows = result(name, "out", results[0], out.shape, q.dtype)
         theirs = result(name, "lse", results[1], (self._shape.heads, q.shape[0]), torch.float32)
         of_head, of_query = theirs.stride()

