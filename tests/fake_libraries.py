@@ -177,6 +177,7 @@ class PlannedWrapper:
         queries, cache = torch.cat(list(q), -1), torch.cat(list(kv), -1)
         assert cache.shape[1] == self.arguments["page_size"]
         assert self.host["qo_indptr"][-1] <= queries.shape[0], "rows past the end of q"
+        assert lse.is_contiguous(), "its kernels write LSE as if it were dense"
         for request, kv_len in enumerate(self.host["kv_len_arr"]):
             tokens = slice(*self.host["qo_indptr"][request : request + 2])
             if kv_len:

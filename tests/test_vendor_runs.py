@@ -118,7 +118,10 @@ def test_every_library_serves_something(here: Machine, library: str) -> None:
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_schedules_follow_the_lengths_and_layers_share_them(here: Machine, library: str) -> None:
     arch, backend = put(here, library)
-    cases = [Case(lens, heads=16, page_size=64, seed=seed) for seed, lens in enumerate([(300, 7, 64), (1, 299, 65)])]
+    cases = [
+        Case(lens, heads=16, page_size=64, seed=seed)
+        for seed, lens in enumerate([(300, 7, 64), (1, 299, 65), (0, 300, 2)])
+    ]
     problems = [build(case) for case in cases]
     pages = max(problem.kv_cache.shape[0] for problem in problems)
     bound = Bound(arch, backend, max(problems, key=lambda problem: problem.kv_cache.shape[0]))
@@ -136,6 +139,19 @@ def test_a_smaller_batch_leaves_nothing_of_the_one_before(here: Machine, library
     bound.step(problem)
     fewer = problem.first(1)
     acceptance.check(fewer, *bound.step(fewer))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_results_may_have_any_outer_strides(here: Machine, library: str) -> None:
+    arch, backend = put(here, library)
+    problem = build(CASES[0])
+    bound = Bound(arch, backend, problem)
+    dense = bound.step(problem)
+    tokens, heads = problem.q.shape[:2]
+    out = torch.full((heads + 1, tokens, problem.latent_dim), torch.nan, dtype=problem.q.dtype).transpose(0, 1)[:, 1:]
+    lse = torch.full((heads, tokens), torch.nan).T
+    bound.runner.run(problem.inputs, out, lse, softmax_scale=problem.softmax_scale)
+    assert torch.equal(out, dense[0]) and torch.equal(lse, dense[1])
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
