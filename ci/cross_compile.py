@@ -114,6 +114,7 @@ def compile_gluon(request: Request) -> Any:
     """Hopper's Gluon kernel as its runner launches it, compiled; imported here, for not every Triton has its names."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    from portable_mla.backends.nvidia.sm90_eviction import rewriting
     from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
     from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, Sm90Runner
 
@@ -129,7 +130,8 @@ def compile_gluon(request: Request) -> Any:
     types["partial_out_ptr"] = "*fp16!" if runner.partials.dtype == torch.float16 else "*fp32!"
     types |= dict.fromkeys(("stride_slot", "stride_out_token", "stride_out_head"), "i32!")
     types["softmax_scale"] = "fp32"
-    return _compiled(sm90_decode_kernel, request.arch, types, constants, GluonASTSource)
+    with rewriting():
+        return _compiled(sm90_decode_kernel, request.arch, types, constants, GluonASTSource)
 
 
 def compile_gluon_prefill(request: Request, *, causal: bool = True) -> Any:

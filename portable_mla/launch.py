@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,11 +36,14 @@ class KernelLaunch:
 
     The first launch of a key goes through Triton, which binds, specialises and compiles; later ones go straight to the
     compiled kernel, at a fifth of the host time. The key must tell apart whatever Triton specialises on: dtypes,
-    alignment of pointers, values of strides.
+    alignment of pointers, values of strides. compiling: entered around each first launch.
     """
 
-    def __init__(self, kernel: Any, constants: Mapping[str, Any]) -> None:
-        self._kernel, self._constants = kernel, dict(constants)
+    def __init__(
+        self, kernel: Any, constants: Mapping[str, Any],
+        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self._kernel, self._constants, self._compiling = kernel, dict(constants), compiling
         self._trailing = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self._compiled: dict[Hashable, Any] = {}
         self._at: dict[tuple[Hashable, tuple[int, ...]], Callable[..., None]] = {}
@@ -75,7 +79,8 @@ class KernelLaunch:
         return launch
 
     def _first(self, key: Hashable, grid: tuple[int, ...], *arguments: Any) -> None:
-        compiled = self._kernel[grid](*arguments, **self._constants)
+        with self._compiling():
+            compiled = self._kernel[grid](*arguments, **self._constants)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[key] = compiled
 

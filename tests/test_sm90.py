@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,65 @@ def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytes
     assert runner.memory()["query copy"] == 64 * 20 * 576 * 2
 
 
+LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd2, {%r3, %r4}], [%r5];"
+
+
+def test_loads_behind_a_mark_and_no_others_are_rewritten() -> None:
+    from portable_mla.backends.nvidia import sm90_eviction
+
+    mark = f"// {sm90_eviction.MARK}; // %r9\n\tmov.b32 %r1, 7;\n"
+    hinted = sm90_eviction.evict_first(f"{mark}\t@%p1 {LOAD}\n\t{LOAD}\n{mark}\t{LOAD}\n")
+    assert hinted.count(".L2::cache_hint [%r1], [%rd2, {%r3, %r4}], [%r5], policy;") == 2
+    assert hinted.count(f"\t{LOAD}") == 1, "the load that no mark precedes"
+    assert "@%p1 cp.async" in hinted
+    for unknown in (f"\t{LOAD}\n", f"{mark}\tcp.async.bulk.tensor.3d.shared [%r1];\n\t{LOAD}\n"):
+        assert sm90_eviction.evict_first(unknown) == unknown
+
+
+def test_compilations_are_rewritten_within_alone_and_a_hook_that_is_there_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton import knobs
+
+    from portable_mla.backends.nvidia import sm90_eviction
+
+    seen: list[tuple[Any, ...]] = []
+
+    def before(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return ("key", "hash")
+
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", before, raising=False)
+    stages = {"ptx": lambda source, metadata: source + metadata}
+    with sm90_eviction.rewriting():
+        hook: Any = knobs.runtime.add_stages_inspection_hook
+        assert hook() == (f"key {sm90_eviction.MARK}", f"hash {sm90_eviction.MARK}")
+        hook("backend", stages, "options", "language", 90)
+    assert knobs.runtime.add_stages_inspection_hook is before
+    assert seen == [(), ("backend", stages, "options", "language", 90)]
+    assert "cache_hint" in stages["ptx"](f"// {sm90_eviction.MARK}\n", LOAD)
+
+
+def test_a_first_launch_compiles_within_what_it_is_given() -> None:
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def compiling() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    class Kernel:
+        arg_names = ("x", "C")
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *arguments, **constants: entered.append(f"{arguments} {constants}")
+
+    launch = KernelLaunch(Kernel(), {"C": 3}, compiling)
+    launch("key", (1,), 5)
+    assert entered == ["in", "(5,) {'C': 3}", "out"]
+
+
 def test_no_variant_spills_beyond_its_budget_and_no_wgmma_waits_for_another() -> None:
     if sm90.missing_names():
         pytest.skip(f"this Triton lacks {sm90.missing_names()}")
@@ -187,6 +248,7 @@ budgets = compile_gate.read_budgets().get(compile_gate.version(), {}).get("sm90"
 for name, request in list(compile_gate.gluon_requests("sm90").items())[1:5:3]:
     compiled = cross_compile.compile_gluon(request)
     used = cross_compile.Resources.of(compiled)
+    assert ".L2::cache_hint" in compiled.asm["ptx"]
     assert cross_compile.serialised_wgmma(compiled) == [], cross_compile.serialised_wgmma(compiled)
     assert used.matrix["HGMMA"] >= 120, used
     if compile_gate.version() == "3.6":  # what the kernel was tuned on

@@ -128,15 +128,16 @@ def load_left(room: Room, items: list[int]) -> Role:
                 if used:
                     yield from room.meet("load_left", "query", LOADER)
                 yield room.load("query0", item)
-                for barrier in ("free_left0", "free_left1") if used else ():
-                    yield from room.meet("load_left", barrier, LOADER)
-                yield room.load("weights1", ("q", item))
-            elif not (room.fault == "no wait" and pair == 2):
+                if not used:
+                    yield room.load("weights1", ("q", item))
+            if used and not (room.fault == "no wait" and pair == 2):
                 yield from room.meet("load_left", "free_left0", LOADER)
             yield room.load("left0", (item, pair))
-            if pair > 0:
+            if used:
                 yield from room.meet("load_left", "free_left1", LOADER)
-            elif not used:
+                if pair == 0:
+                    yield room.load("weights1", ("q", item))
+            else:
                 yield room.wait("query0", 1)
             yield room.load("left1", (item, pair))
             used = True

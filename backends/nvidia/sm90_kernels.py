@@ -8,9 +8,18 @@ and the order of hand-overs are not.
 Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16, page 64, Triton 3.6.0:
 - The even block's weights are handed over relative to that block's own maximum, not the pair's: predicted to free its
   right half 1500 cycles earlier, 10 % where compute bound. (128, 128, 4096) with two query tokens 501 -> 467. Kept.
-- L2 is asked for the next pair where two programs share a part: sm90_tile.py.
-- evict_first on the loads of keys, predicted 2 to 10 % at small batches: (1, 16, 8192) 16.1 -> 15.9, (128, 128, 4096)
-  285.4 -> 286.3. Dropped: Triton 3.6 needs its PTX rewritten for it.
+- evict_first on all loads, predicted 2 to 10 % at small batches; first seen at (1, 16, 8192) and (128, 128, 4096)
+  alone, where it is nothing, and dropped. With caches that do not come back within 3 GB: (32, 16, 4096) 64.2 -> 60.5,
+  (8, 64, 8192) 46.5 -> 41.0, (32, 128, 4096) 80.8 -> 75.5, Azure, 32 requests of 16 heads 30.5 -> 26.8. Kept.
+- L2 asked for the next pair where two programs share a part: 286 -> 269 at (128, 128, 4096) without evict_first, 261 ->
+  333 with it: what the first program read is gone before the second comes. Dropped.
+- A kernel of its own for at most 32 rows: S^T = K Q^T and O^T = V^T P^T, so that nothing is multiplied in vain, and a
+  ring of 24 chunks of keys in the room of Q. Predicted 10 % at 16 heads; (32, 16, 4096) 62.3, this one 60.5;
+  (8, 16, 8192) 37.5 and 34.9: its chain of 36 narrow products a block takes 1.8 of the 3.2 us that a block takes to
+  arrive, and delays the end. Dropped.
+- Units of at most four pieces merged by the last program that is done with one: predicted 5 at Azure, 32 requests of
+  128 heads; (32, 16, 4096) 65.6 -> 67.6, (32, 64, 4096) 70.2 -> 84.8: the fence before the counter costs more than a
+  dependent launch. Dropped.
 - The combine is let in when a program's last load is done. Letting it in at the start packed its programs on the first
   free SMs: (1, 16, 81920) 52.5, without dependent launch 48.1, like this 47.5.
 - 16-byte stores after an exchange between lanes (sm90_store_kernels.py) and a start that waits for one load less before
@@ -56,7 +65,7 @@ def sm90_decode_kernel(
     q_desc,  # descriptor of q as [tokens * HEADS, LATENT + ROPE], block [QUERY_ROWS, 64]
     kv_desc,  # descriptor of the cache as [rows, LATENT + ROPE], block [min(PAGE_SIZE, 64), 64]
     kv_ptr,  # what kv_desc describes
-    table_header_ptr,  # [2] int64: address of the page table, and its row stride
+    table_header_ptr,  # [3] int64: address of the page table, its row stride, tiles of a part
     part_indptr_ptr,  # [parts + 1] int32
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
@@ -79,7 +88,7 @@ def sm90_decode_kernel(
     BLOCK_Q: gl.constexpr,  # query tokens of a unit
     ROW_TILES: gl.constexpr,
     QUERY_ROWS: gl.constexpr,
-    PREFETCH: gl.constexpr,  # ask L2 for the next pair of blocks ahead of its load
+    LONG: gl.constexpr,  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
     DEPENDENT: gl.constexpr,  # may be launched before the kernel before it has ended
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups
     LOADER_REGISTERS: gl.constexpr,
@@ -106,8 +115,8 @@ def sm90_decode_kernel(
         [
             (left_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
             (right_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
-            (load_left, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, PREFETCH)),
-            (load_right, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, PREFETCH)),
+            (load_left, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
+            (load_right, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
         ],
         [4, 1, 1],
         [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],

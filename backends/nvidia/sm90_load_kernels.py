@@ -18,6 +18,7 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     QUERY_THREADS,
     RELEASE_THREADS,
     launch_dependents,
+    load_once,
     meet,
     prefetch_bytes,
     tma_load,
@@ -60,24 +61,33 @@ def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr
 
 
 @gluon.jit
-def _load_tile(kv_desc, rows, column, full, tile, exists, PAGE_SIZE: gl.constexpr):
+def _load_box(kv_desc, coordinates, full, tile, once):
+    if once:
+        load_once(kv_desc, coordinates, full, tile)
+    else:
+        tma_load(kv_desc, coordinates, full, tile)
+
+
+@gluon.jit
+def _load_tile(kv_desc, rows, column, full, tile, exists, once, PAGE_SIZE: gl.constexpr):
     """64 columns of a block. A block behind the item's end is not loaded: its barrier is told to expect nothing."""
     if exists:
         mbarrier.expect(full, TILE_BYTES)
         if PAGE_SIZE >= BLOCK:
-            tma_load(kv_desc, [rows[0], column], full, tile)
+            _load_box(kv_desc, [rows[0], column], full, tile, once)
         else:
             for box in gl.static_range(BLOCK // PAGE_SIZE):
-                tma_load(kv_desc, [rows[box], column], full, tile.slice(box * PAGE_SIZE, PAGE_SIZE, 0))
+                part = tile.slice(box * PAGE_SIZE, PAGE_SIZE, 0)
+                _load_box(kv_desc, [rows[box], column], full, part, once)
     else:
         mbarrier.expect(full, 0)
 
 
 @gluon.jit
-def _load_half(kv_desc, rows, FIRST: gl.constexpr, full, half, exists, PAGE_SIZE: gl.constexpr):
+def _load_half(kv_desc, rows, FIRST: gl.constexpr, full, half, exists, once, PAGE_SIZE: gl.constexpr):
     for tile in gl.static_range(HALF // BLOCK):
         part = half.index(0).slice(tile * BLOCK, BLOCK, 1)
-        _load_tile(kv_desc, rows, FIRST + tile * BLOCK, full[tile], part, exists, PAGE_SIZE)
+        _load_tile(kv_desc, rows, FIRST + tile * BLOCK, full[tile], part, exists, once, PAGE_SIZE)
 
 
 @gluon.jit
@@ -89,22 +99,23 @@ def _load_query(q_desc, q_row, query, full, FIRST: gl.constexpr, QUERY_ROWS: gl.
     mbarrier.expect(full, HALF * QUERY_ROWS * 2)
     for tile in gl.static_range(HALF // BLOCK):
         part = query.index(0).slice(FIRST + tile * BLOCK, BLOCK, 1).slice(0, QUERY_ROWS, 0)
-        tma_load(q_desc, [q_row, FIRST + tile * BLOCK], full, part)
+        load_once(q_desc, [q_row, FIRST + tile * BLOCK], full, part)
 
 
 @gluon.jit
 def _load_query_rope(q_desc, q_row, room, QUERY_ROWS: gl.constexpr):
-    """Ahead of the keys: behind those of all programs it came last, and no score is complete without it."""
+    """Ahead of the first keys: behind those of all programs it came last, and no score is complete without it. Later
+    items wait for the weights that are in its place."""
     mbarrier.expect(room.query_rope_full, BLOCK * QUERY_ROWS * 2)
     part = room.weights1.index(0).slice(0, QUERY_ROWS, 0)
-    tma_load(q_desc, [q_row, LATENT], room.query_rope_full, part)
+    load_once(q_desc, [q_row, LATENT], room.query_rope_full, part)
 
 
 @gluon.jit
-def _prefetch(cache, row_ptr, position, item, first_row, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
+def _prefetch(cache, row_ptr, position, item, first_row, once, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """Bring a block of the next pair into L2, a stretch of memory for each of its boxes; the first row tile does it."""
     BOX: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
-    if (position >= item.first_block * BLOCK) & (first_row == 0):
+    if (position >= item.first_block * BLOCK) & (first_row == 0) & (once == 0):
         rows = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
         for box in gl.static_range(BLOCK // BOX):
             box_ptr = cache.kv_ptr + rows[box].to(gl.int64) * cache.stride_slot
@@ -114,7 +125,7 @@ def _prefetch(cache, row_ptr, position, item, first_row, ROPE: gl.constexpr, PAG
 @gluon.jit
 def load_left(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    QUERY_ROWS: gl.constexpr, PREFETCH: gl.constexpr,
+    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
     """Columns 0..255 and the rope part of Q, and columns 0..255 of both blocks, which warpgroup 0 lets go of.
 
@@ -122,6 +133,7 @@ def load_left(
     for Q, so that the scores of the even one begin, and its room is filled again, while the memory is still busy.
     """
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
+    once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
         item = read_item(work, index, HEADS)
@@ -135,22 +147,21 @@ def load_left(
                 if used > 0:
                     meet(FREE_QUERY, QUERY_THREADS)
                 _load_query(q_desc, q_row, room.query, room.query_left_full, 0, QUERY_ROWS)
-                if used > 0:
-                    meet(FREE_LEFT_0, RELEASE_THREADS)
-                    meet(FREE_LEFT_1, RELEASE_THREADS)
-                if ROPE:
+                if ROPE and used == 0:
+                    _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
+            if used > 0:
+                meet(FREE_LEFT_0, RELEASE_THREADS)
+            _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, True, once, PAGE_SIZE)
+            if used > 0:
+                meet(FREE_LEFT_1, RELEASE_THREADS)
+                if ROPE and step == 0:
                     _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
             else:
-                meet(FREE_LEFT_0, RELEASE_THREADS)
-            _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, True, PAGE_SIZE)
-            if step > 0:
-                meet(FREE_LEFT_1, RELEASE_THREADS)
-            elif used == 0:
                 mbarrier.wait(room.query_left_full, 0)
             exists = position + BLOCK < item.kv_end
-            _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, exists, PAGE_SIZE)
-            if PREFETCH:
-                _prefetch(cache, row_ptr, position - 2 * BLOCK, item, work.first_row, ROPE, PAGE_SIZE)
+            _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, exists, once, PAGE_SIZE)
+            if LONG:
+                _prefetch(cache, row_ptr, position - 2 * BLOCK, item, work.first_row, once, ROPE, PAGE_SIZE)
             used = 1
     if used > 0:
         meet(FREE_QUERY, QUERY_THREADS)
@@ -162,10 +173,11 @@ def load_left(
 @gluon.jit
 def load_right(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    QUERY_ROWS: gl.constexpr, PREFETCH: gl.constexpr,
+    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
     """Columns 256..511 of Q, and columns from 256 on of both blocks, which warpgroup 1 lets go of."""
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
+    once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
         item = read_item(work, index, HEADS)
@@ -181,19 +193,21 @@ def load_right(
                 _load_query(q_desc, q_row, room.query, room.query_right_full, HALF, QUERY_ROWS)
             if used > 0:
                 meet(FREE_RIGHT_0, RELEASE_THREADS)
-            _load_half(cache.rows, even, HALF, room.even.right_full, room.even.right, True, PAGE_SIZE)
+            _load_half(cache.rows, even, HALF, room.even.right_full, room.even.right, True, once, PAGE_SIZE)
             if ROPE:
-                _load_tile(cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), True, PAGE_SIZE)
+                _load_tile(
+                    cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), True, once, PAGE_SIZE
+                )
             if used > 0:
                 meet(FREE_RIGHT_1, RELEASE_THREADS)
             else:
                 mbarrier.wait(room.query_right_full, 0)
             exists = position + BLOCK < item.kv_end
-            _load_half(cache.rows, odd, HALF, room.odd.right_full, room.odd.right, exists, PAGE_SIZE)
+            _load_half(cache.rows, odd, HALF, room.odd.right_full, room.odd.right, exists, once, PAGE_SIZE)
             if ROPE:
-                _load_tile(cache.rows, odd, LATENT, room.odd.rope_full, room.odd.rope.index(0), exists, PAGE_SIZE)
-            if PREFETCH:
-                _prefetch(cache, row_ptr, position - BLOCK, item, work.first_row, ROPE, PAGE_SIZE)
+                _load_tile(cache.rows, odd, LATENT, room.odd.rope_full, room.odd.rope.index(0), exists, once, PAGE_SIZE)
+            if LONG:
+                _prefetch(cache, row_ptr, position - BLOCK, item, work.first_row, once, ROPE, PAGE_SIZE)
             used = 1
     if used > 0:
         meet(FREE_QUERY, QUERY_THREADS)

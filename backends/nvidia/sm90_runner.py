@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from portable_mla.backend import DecodeInputs
+from portable_mla.backends.nvidia.sm90_eviction import rewriting
 from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
 from portable_mla.backends.nvidia.sm90_portable import PortablePath
 from portable_mla.backends.nvidia.sm90_tile import Sm90Tile, sm90_tile
@@ -54,7 +55,7 @@ class Sm90Runner:
         self.partials = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
         constants = self.decode_constants()
         self._query_box: int = constants["QUERY_ROWS"]
-        self._decode = KernelLaunch(sm90_decode_kernel, constants)
+        self._decode = KernelLaunch(sm90_decode_kernel, constants, rewriting)
         self._combine = Combine(request, self.plan_shape.parts, narrow=narrow, dependent=self._tile.dependent)
         self._portable = PortablePath(request, portable)
         self._metadata: DecodeMetadata | None = None
@@ -111,8 +112,9 @@ class Sm90Runner:
         return {
             "HEADS": shape.heads, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
             "BLOCK_Q": self.plan_shape.block_q, "ROW_TILES": row_tiles(self._rows, _ROWS_AND_KEYS),
-            "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK), "PREFETCH": tile.prefetch,
+            "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK),
             "DEPENDENT": tile.early,
+            "LONG": tile.long if shape.page_size >= BLOCK else 0,  # loaders of small pages would spill
             "REGISTERS": tile.registers, "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
             "launch_pdl": tile.early,
         }  # fmt: skip

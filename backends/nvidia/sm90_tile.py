@@ -15,7 +15,7 @@ class Sm90Tile:
     min_tiles: int = 1  # 128-key tiles of the shortest part
     overhead: int = 1  # what starting a unit costs, in such tiles
     merge_cost: int = 24  # what merging a piece of a unit costs, in 256ths of such a tile
-    prefetch: bool = False  # ask L2 for the next pair of blocks
+    long: int = 0  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
     narrow: bool = True  # partial results of bfloat16 are float16, in units of their row's peak
@@ -39,7 +39,7 @@ def sm90_tile(rows: int) -> Sm90Tile:
         # such lines evict one another before they are read
         # Starting a unit counted as two tiles: predicted 3 % for ragged batches; Azure, 128 requests 127 -> 120, and
         # 32 requests 50.2 -> 48.1; Mooncake, 32 requests 219 -> 210
-        return Sm90Tile(overhead=2, prefetch=True)
+        return Sm90Tile(overhead=2, long=40)
     # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, with
     # prefetching 472
     return Sm90Tile()

@@ -75,8 +75,9 @@ def combine_kernel(
     first_column = (tl.program_id(1) % (LATENT // BLOCK_D)) * BLOCK_D
     slot_lo = tl.load(token_slots_ptr + token * TOKEN_FIELDS)
     slot_hi = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 1)
-    if DEPENDENT:
-        _wait_for_previous_kernel()
+    if DEPENDENT:  # noqa: SIM102 a constant, then a value
+        if (slot_hi != FINAL) | (token + tl.program_id(1) == 0):  # one must: this grid may not end before the other
+            _wait_for_previous_kernel()
     if slot_hi != FINAL:
         head = first_head + tl.arange(0, BLOCK_R)
         row_valid = head < heads

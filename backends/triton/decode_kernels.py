@@ -140,7 +140,7 @@ def decode_kernel(
     kv_scale_ptr,  # one float32, or None
     latent_desc,  # descriptor of kv, block [1, BLOCK_N, LATENT], or None
     rope_desc,  # descriptor of kv, block [1, BLOCK_N, ROPE], or None
-    table_header_ptr,  # [2] int64: address and row stride of the page table
+    table_header_ptr,  # [3] int64: address and row stride of the page table, tiles of a part
     part_indptr_ptr,  # [parts + 1] int32
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]

@@ -167,7 +167,7 @@ def plan_splits_kernel(
     query_lens_ptr,  # [batch] int32, or None: max_query_len tokens each
     positions_ptr,  # [tokens] int32 or int64, or None: where the token stands in its request
     table_ptr,  # [batch, width] int32
-    table_header_ptr,  # [2] int64: address and row stride of the table
+    table_header_ptr,  # [3] int64: address and row stride of the table, tiles of a part
     part_indptr_ptr,  # [parts + 1] int32
     items_ptr,  # [max_items, 8] int32
     token_slots_ptr,  # [max_tokens, 4] int32
@@ -262,14 +262,15 @@ def plan_splits_kernel(
         tl.store(summary_ptr + 2, all_items)
         tl.store(summary_ptr + 3, slots + tl.sum(split, 0))
     if own == 0:
-        _write_header(table_ptr, stride_table, table_header_ptr, summary_ptr, lens, SCAN)
+        _write_header(table_ptr, stride_table, share, table_header_ptr, summary_ptr, lens, SCAN)
 
 
 @triton.jit
-def _write_header(table_ptr, stride_table, table_header_ptr, summary_ptr, lens, SCAN: tl.constexpr):
-    """Where the step's page table is, and the longest of its query lengths."""
+def _write_header(table_ptr, stride_table, share, table_header_ptr, summary_ptr, lens, SCAN: tl.constexpr):
+    """Where the step's page table is, what a part costs, and the longest of the query lengths."""
     tl.store(table_header_ptr, table_ptr.to(tl.int64))
     tl.store(table_header_ptr + 1, stride_table.to(tl.int64))
+    tl.store(table_header_ptr + 2, share.to(tl.int64))
     longest = lens[4]
     if lens[1] is not None:
         longest = 0

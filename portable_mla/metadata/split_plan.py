@@ -96,11 +96,12 @@ class SplitPlan:
 
     A part is a run of items; an item is a run of KV tiles of one unit. `slot` is where its partial result goes, or -1
     when the item is the whole unit. `token_slots` tells the combine which slots to merge for each query token.
-    `table_header` says where the step's page table is, so that a captured graph follows any table.
+    `table_header` says where the step's page table is, so that a captured graph follows any table, and how long parts
+    are.
     """
 
     shape: PlanShape
-    table_header: Tensor  # [2] int64: address, row stride
+    table_header: Tensor  # [3] int64: address, row stride, tiles of a part, starts of units included
     part_indptr: Tensor  # [parts + 1] int32
     items: Tensor  # [max_items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     token_slots: Tensor  # [max_tokens, 4] int32: slot_lo, slot_hi or -1 (final) or -2 (faulty), index in unit, position
@@ -115,7 +116,7 @@ class SplitPlan:
 
         return cls(
             shape,
-            ints(2, dtype=torch.int64),
+            ints(3, dtype=torch.int64),
             ints(shape.parts + 1),
             ints(shape.max_items, ITEM_FIELDS.value),
             ints(shape.max_tokens, TOKEN_FIELDS.value),

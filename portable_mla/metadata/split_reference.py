@@ -34,12 +34,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan in lists. tokens: slot_lo, slot_hi, index in the unit, position."""
+    """A plan in lists. tokens: slot_lo, slot_hi, index in the unit, position; share: tiles of a part."""
 
     part_indptr: list[int]
     items: list[tuple[int, ...]]
     tokens: list[tuple[int, int, int, int]]
     summary: tuple[int, int, int, int]
+    share: int
 
 
 def plan_splits_reference(
@@ -57,7 +58,7 @@ def plan_splits_reference(
         for request, start in enumerate(_starts(query_lens))
         for unit in _units(request, kv_lens[request], start, query_lens[request], shape, max_query_len, bad[request])
     ]
-    pieces = _fixed(units, shape) if shape.fixed else _balanced(units, shape)
+    pieces, share = _fixed(units, shape) if shape.fixed else _balanced(units, shape)
     tokens = [(0, 0, 0, 0)] * shape.max_tokens
     items: list[tuple[tuple[int, ...], int]] = []
     slot = 0
@@ -76,7 +77,7 @@ def plan_splits_reference(
                 tokens[unit.query_start + index] = (low, high, index, position)
     part_indptr = [bisect.bisect_left(items, part, key=lambda item: item[1]) for part in range(shape.parts + 1)]
     summary = (max([0, *query_lens]), sum(max(n, 0) for n in query_lens), len(items), slot)
-    return Plan(part_indptr, [item for item, _ in items], tokens, summary)
+    return Plan(part_indptr, [item for item, _ in items], tokens, summary, share)
 
 
 def _starts(query_lens: Sequence[int]) -> list[int]:
@@ -96,8 +97,8 @@ def _units(
         yield Unit(request, seen, start + before, tokens, tiles, (faulty and tiles > 0) or not right)
 
 
-def _balanced(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
-    """Cuts at the borders of equal shares of the cost line."""
+def _balanced(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], int]:
+    """Cuts at the borders of equal shares of the cost line; the share."""
     tiles = [unit.tiles for unit in units]
     share, overhead = _share(tiles, shape)
     start, found = 0, []
@@ -113,7 +114,7 @@ def _balanced(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
                 own.append(Piece(part, low, high))
             start += count + overhead
         found.append(own)
-    return found
+    return found, share
 
 
 def _share(tiles: list[int], shape: PlanShape) -> tuple[int, int]:
@@ -130,7 +131,7 @@ def _share(tiles: list[int], shape: PlanShape) -> tuple[int, int]:
     return (even if lengths and same and even * 16 <= share * 17 else share), overhead
 
 
-def _fixed(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
+def _fixed(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], int]:
     """Cuts that depend on the unit alone; a piece belongs to the part in whose share it starts."""
     steps = [max(shape.fixed_tiles, -(-unit.tiles // shape.max_pieces)) for unit in units]
     counts = [-(-unit.tiles // step) for unit, step in zip(units, steps, strict=True)]
@@ -145,4 +146,4 @@ def _fixed(units: list[Unit], shape: PlanShape) -> list[list[Piece]]:
             ]
         )
         start += unit.tiles + count * shape.overhead
-    return found
+    return found, share

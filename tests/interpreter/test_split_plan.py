@@ -99,7 +99,7 @@ def planned(case: PlanCase, status: Status | None = None) -> SplitPlan:
         buffer.fill_(UNWRITTEN)
     batch, status = case.batch(), status or Status.allocate(torch.device("cpu"))
     plan.update(batch, status, page_size=PAGE_SIZE, max_pages=PAGES)
-    assert plan.table_header.tolist() == [batch.block_table.data_ptr(), batch.block_table.stride(0)]
+    assert plan.table_header[:2].tolist() == [batch.block_table.data_ptr(), batch.block_table.stride(0)]
     return plan
 
 
@@ -111,6 +111,7 @@ def assert_planned_as_defined(case: PlanCase) -> None:
     assert bool((plan.items[len(defined.items) :] == UNWRITTEN).all())
     assert [tuple(token) for token in plan.token_slots.tolist()] == defined.tokens
     assert tuple(plan.summary.tolist()) == defined.summary
+    assert int(plan.table_header[2]) == defined.share
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
