@@ -2,7 +2,7 @@
 
     python -m ci.bench_decode [--trace FILE.csv ...] [--only table,trace] [--json FILE]
 
-CUDA graphs over caches larger than L2 in one process, planning excluded; "planned" plans a step before every call. A
+CUDA graphs in one process over 3 GB of caches, planning excluded; "planned" plans a step before every call. A
 plain kernel stands between calls, so that none overlaps the end of the one before; its own time is taken off. Every
 result is held to the first contender's before it is timed.
 """
@@ -26,25 +26,25 @@ from ci.contenders import (
     Calls,
     Problem,
     apart,
-    flash_attn3,
-    flash_mla,
-    flashinfer,
     graph_us,
     ours,
-    vllm,
     with_tiles_of,
 )
+from ci.peers import flash_attn3, flash_mla, flashinfer, vllm, vllm_flash_mla
 from portable_mla.cli.trace import SHIPPED_TRACE, read_trace
 
 OURS: dict[str, Callable[[Problem], Calls]] = {
     "ours": ours,
-    "planned": lambda problem: ours(problem, planned=True),
     "triton": lambda problem: ours(problem, "triton"),
     **{f"through {name}": functools.partial(ours, backend=name) for name in ("flashmla", "flash_attn3", "flashinfer")},
 }
 PEERS: dict[str, Callable[[Problem], Calls]] = {
-    "flash_mla": flash_mla, "flash_attn3": flash_attn3, "flashinfer": flashinfer, "vllm triton": vllm,
+    "flash_mla": flash_mla, "vllm flash_mla": vllm_flash_mla, "flash_attn3": flash_attn3, "flashinfer": flashinfer,
+    "vllm triton": vllm,
     "aiter": lambda problem: ours(problem, "aiter"),  # through the adapter: padded heads and copies are its time too
+}  # fmt: skip
+PLANNED: dict[str, Callable[[Problem], Calls]] = {
+    "planned": functools.partial(ours, planned=True), "planned flash_mla": functools.partial(flash_mla, planned=True)
 }  # fmt: skip
 FORCED: dict[str, Callable[[Problem], Calls]] = {
     f"{name} tiles": functools.partial(with_tiles_of, name) for name in ("sm80", "sm89", "sm120")
@@ -61,7 +61,7 @@ def measure(problem: Problem, names: Sequence[str], plain_us: float) -> dict[str
     expected = None
     for name in names:
         try:
-            calls = (OURS | PEERS | FORCED)[name](problem)
+            calls = (OURS | PEERS | PLANNED | FORCED)[name](problem)
             result = calls[0]().reshape(problem.q.shape[0], -1).float()
             us = graph_us(apart(calls)) - plain_us
         except (ImportError, RuntimeError, AssertionError) as error:
@@ -82,7 +82,7 @@ def with_ratio(row: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
     if peers:
         best = min(peers, key=peers.__getitem__)
         row |= {"best peer": best, "ratio": round(found["ours"] / peers[best], 3)}
-    backends = {name: us for name, us in found.items() if name in OURS and name != "planned"}
+    backends = {name: us for name, us in found.items() if name in OURS}
     best = min(backends, key=backends.__getitem__)
     row |= {"best backend": best, "of best backend": round(found["ours"] / backends[best], 3)}
     print(row, flush=True)
@@ -133,7 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trace", type=Path, nargs="*", default=[SHIPPED_TRACE])
     parser.add_argument("--only", default="table,trace")
-    parser.add_argument("--contenders", nargs="*", default=[*OURS, *PEERS], choices=[*OURS, *PEERS, *FORCED])
+    parser.add_argument(
+        "--contenders", nargs="*", default=[*OURS, *PEERS, *PLANNED], choices=[*OURS, *PEERS, *PLANNED, *FORCED]
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     one = torch.zeros(1, device=DEVICE)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import triton
 
-from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, Calls, Problem, graph_us, ours, split_rule, vllm
+from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, Calls, Problem, graph_us, ours, split_rule
+from ci.peers import vllm
 from portable_mla import Capacity, MLAAttention, MLAShape
 from portable_mla.cache_format import CacheFormat
 from portable_mla.cli.trace import SHIPPED_TRACE, TraceRequest, read_trace
