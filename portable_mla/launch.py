@@ -106,7 +106,8 @@ def straight(compiled: Any, grid: tuple[int, ...], trailing: tuple[Any, ...] = (
 
 
 def _hooked() -> bool:
+    """Whether a launch would call somebody: hooks are chains, which may be empty, and None in some releases."""
     from triton import knobs
 
-    runtime = knobs.runtime
-    return runtime.launch_enter_hook is not None or runtime.launch_exit_hook is not None
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -62,3 +62,16 @@ def test_a_launch_goes_straight_to_the_launcher_where_it_is_known_and_unobserved
     compiled = kernel()
     launch.straight(compiled, (5,), (3,))("q")
     assert compiled.calls == [launched]
+
+
+def test_an_empty_chain_of_hooks_is_no_hook_and_one_in_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton", reason="needs the package triton").knobs
+    assert not launch._hooked(), "nothing has set a hook"
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", None)
+    assert not launch._hooked()
+    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", lambda metadata: None)
+    assert launch._hooked()
+    chain = type(knobs.HookChain())()
+    chain.add(lambda metadata: None)
+    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", chain)
+    assert launch._hooked()
