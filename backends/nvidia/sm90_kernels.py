@@ -11,8 +11,9 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
 - evict_first on all loads, predicted 2 to 10 % at small batches; first seen at (1, 16, 8192) and (128, 128, 4096)
   alone, where it is nothing, and dropped. With caches that do not come back within 3 GB: (32, 16, 4096) 64.2 -> 60.5,
   (8, 64, 8192) 46.5 -> 41.0, (32, 128, 4096) 80.8 -> 75.5, Azure, 32 requests of 16 heads 30.5 -> 26.8. Kept.
-- L2 asked for the next pair where two programs share a part: 286 -> 269 at (128, 128, 4096) without evict_first, 261 ->
-  333 with it: what the first program read is gone before the second comes. Dropped.
+- L2 asked for the next pair where two programs share a part: with evict_first on the loads 261 -> 333 at
+  (128, 128, 4096), since what the first program read is gone before the second comes. With ordinary loads:
+  sm90_tile.py.
 - A kernel of its own for at most 32 rows: S^T = K Q^T and O^T = V^T P^T, so that nothing is multiplied in vain, and a
   ring of 24 chunks of keys in the room of Q. Predicted 10 % at 16 heads; (32, 16, 4096) 62.3, this one 60.5;
   (8, 16, 8192) 37.5 and 34.9: its chain of 36 narrow products a block takes 1.8 of the 3.2 us that a block takes to
@@ -32,7 +33,9 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   the first keys of all programs, now after 8500. Predicted 2.3 at (8, 16, 8192), 40.5 -> 40.9; (1, 16, 1024) 11.6 ->
   10.9. Kept for the small batches.
 - Plans in single blocks: predicted 10 % for the Azure trace, 32 requests: 30.7 -> 35.1, since odd pieces score an empty
-  block. Dropped.
+  block; again with evict_first, and starts of 1 to 5 blocks: 26.5 -> 27.5 at best. Dropped.
+- Tails zeroed in strips of 16 rows, and a later item's first keys no longer behind the last weights: predicted 1 for
+  each request of a ragged batch; not told apart from noise. Kept: fewer accesses.
 
 The two warpgroups' shared vectors and weights are ordered by the named barriers and, for weights0, through the loader
 that refills the even block's right half: tests/test_sm90_protocol.py plays it. compute-sanitizer's racecheck does not

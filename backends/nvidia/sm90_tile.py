@@ -30,16 +30,17 @@ def sm90_tile(rows: int) -> Sm90Tile:
         return Sm90Tile(merge_cost=15, narrow=False)
     if rows <= 64:
         # (8, 64, 8192) 48.4, with wide partial results 51.0; (32, 64, 4096) 71.3 and 76.2. Predicted 2.5 less
-        # Partial results are small: (1, 16, 8192) 14.2 with parts of one tile, 16.4 with two. Prefetching was predicted
-        # to keep more bytes in flight, and lost 7 % at (128, 16, 4096): 246, without 229
+        # Partial results are small: (1, 16, 8192) 14.2 with parts of one tile, 16.4 with two
         return Sm90Tile(merge_cost=15)
     if rows <= 128:
-        # (1, 128, 8192) 19.7, with parts of one tile 24.5. Both programs that share a part wait for the same memory,
-        # and L2 can have it: (128, 128, 4096) 269, without prefetching 286; 319 where it asked with evict_first, since
-        # such lines evict one another before they are read
+        # (1, 128, 8192) 19.7, with parts of one tile 24.5
         # Starting a unit counted as two tiles: predicted 3 % for ragged batches; Azure, 128 requests 127 -> 120, and
         # 32 requests 50.2 -> 48.1; Mooncake, 32 requests 219 -> 210
+        # Both programs that share a part wait for the same memory, and L2 can have it ahead, which only pays where it
+        # keeps it. Asked ahead from parts of 40 tiles on / never / always: (128, 128, 4096) 251 257 254; at 32 requests
+        # 73.8 73.8 79.0; Azure, 256 requests 210 221 211; Mooncake, 32 requests 204 208 213. By each item's length
+        # instead: 226 there, since items that are asked ahead and items that are not slow each other down
         return Sm90Tile(overhead=2, long=40)
-    # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, with
-    # prefetching 472
+    # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, asked
+    # ahead 472
     return Sm90Tile()
