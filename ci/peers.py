@@ -16,6 +16,7 @@ def vllm(problem: Problem, splits: int | None = None) -> Calls:
     from vllm.v1.attention.ops import triton_decode_attention  # type: ignore[import-not-found]
 
     batch, heads, _ = problem.q.shape
+    assert problem.batch.max_query_len == 1, "it takes one query token a request"
     splits = splits or rule_splits(max(problem.kv_lens), arch_of(DEVICE).units)
     out, lse = problem.outputs()
     lse = lse.to(torch.bfloat16)

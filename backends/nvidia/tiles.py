@@ -129,11 +129,9 @@ _SM100 = (
 )
 # mma.sync, 99 KB, descriptor loads
 _SM120 = (
-    # 255 regs, 280 B, none of it in the loop, 92 KB, 136 HMMA; 3.9: 255, 272 B. Model of an RTX PRO 6000, from 16x32:
-    # 951 -> 856 us at (128, 128, 4096), 473 -> 429 at (128, 64, 4096), as queries cross shared memory half as often;
-    # forced on an H100: 1314 -> 957. Kept; by descriptor, and of pages of one token, it spills in the loop. 32x32 with
-    # 8 warps, model: 1225 us. Dropped
-    Rule(when(latent_above=256, rows_above=32, whole_tiles=64), Tile(16, 64, 4, 2)),
+    # 16x64 by pointer for 64 and 128 heads, 92 KB, 280 B of stack, none of it in the loop: the model of an RTX PRO 6000
+    # says 951 -> 856 us at (128, 128, 4096), as queries cross shared memory half as often. Forced on an H100 1311 ->
+    # 1875: the model does not know what gathers without TMA cost. Dropped
     # 228 regs, 8 B, 91 KB, 68 HMMA; 3.9: 199. Forced on an H100, (128, 128, 4096): 1314 us; 32x16 2374, and 32x32 1210,
     # which spills in the loop here
     Rule(when(latent_above=256, whole_tiles=32), Tile(16, 32, 4, 3, "descriptor")),
