@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,10 @@ GLUON_NAMES = (
     ("triton:aggregate", "triton.language.core:_aggregate"),
     (f"{_GLUON}.language:barrier", f"{_GLUON}.language:thread_barrier"),
     (f"{_GLUON}.language:warp_specialize",),
+    (
+        f"{_GLUON}.language:shared_memory_descriptor.reinterpret",
+        f"{_GLUON}.language:shared_memory_descriptor._reinterpret",
+    ),
     (f"{_GLUON}.language:DistributedLinearLayout",),
     (f"{_GLUON}.language:NVMMADistributedLayout",),
     (f"{_HOPPER}:fence_async_shared",),
@@ -48,9 +53,10 @@ def missing_names(find: Callable[[str], Any] = importlib.import_module) -> tuple
     def found(path: str) -> bool:
         module, name = path.split(":")
         try:
-            return hasattr(find(module), name)
-        except ImportError:
+            operator.attrgetter(name)(find(module))
+        except (ImportError, AttributeError):
             return False
+        return True
 
     return tuple(names[0].replace(":", ".") for names in GLUON_NAMES if not any(map(found, names)))
 

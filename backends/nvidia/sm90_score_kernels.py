@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
 from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF
-from portable_mla.backends.nvidia.sm90_sync_kernels import opaque, synchronize
+from portable_mla.backends.nvidia.sm90_sync_kernels import opaque, reinterpret, synchronize
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
@@ -13,6 +13,8 @@ SCORES_ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 ACC_ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 SCORES_KEY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 QUERY_OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
+STRIP = gl.constexpr(16)  # rows
+STRIPS = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 WEIGHTS_OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 
 
@@ -20,11 +22,13 @@ WEIGHTS_OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 def _zero_tail(half, valid):
     """Zero the rows from `valid` on: slots past the end may hold NaN, and 0 times NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
-    for tile in gl.static_range(HALF // BLOCK):
-        part = half.index(0).slice(tile * BLOCK, BLOCK, 1)
-        value = part.load(layout)
-        part.store(gl.where((row < valid)[:, None], value, gl.zeros_like(value)))
+    row = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
+    strips = reinterpret(half.index(0), [BLOCK * HALF // (STRIP * BLOCK), STRIP, BLOCK], STRIPS)
+    for strip in range(gl.maximum(valid, 0) // STRIP, BLOCK // STRIP):
+        for tile in gl.static_range(HALF // BLOCK):
+            part = strips.index(tile * (BLOCK // STRIP) + strip)
+            value = part.load(layout)
+            part.store(gl.where((strip * STRIP + row < valid)[:, None], value, gl.zeros_like(value)))
 
 
 @gluon.jit

@@ -111,6 +111,13 @@ def publish_barriers(_semantic=None):
 
 
 @core.extern
+def reinterpret(memory, shape, layout, _semantic=None):
+    """The same shared memory in another shape; the method was renamed after Triton 3.6."""
+    method = getattr(memory, "reinterpret", None) or memory._reinterpret
+    return method(memory.dtype, shape, layout, _semantic=_semantic)
+
+
+@core.extern
 def opaque(value, _semantic=None):
     """The value, hidden from code motion: addresses made from it are computed anew instead of spilled."""
     return core.inline_asm_elementwise(
