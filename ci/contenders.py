@@ -21,8 +21,8 @@ from portable_mla.metadata import DecodeBuffers, DecodeMetadata, Needs, Status
 
 PAGE_SIZE, LATENT, ROPE = 64, 512, 64
 SCALE = 192**-0.5
-# Caches that calls go through in turn: lines that a peer's loads leave in L2 must not serve its next call. With 0.3 GB
-# evict_first kept 5 us of (128, 16, 4096) from one call to the next.
+# Of the caches that calls go through in turn: what loads leave in L2, of some policies for long, must not serve a later
+# call of the same contender.
 COLD_BYTES = 3e9
 MOST_CACHES = 128
 DEVICE = "cuda"
