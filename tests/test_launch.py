@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from portable_mla import launch
-from portable_mla.launch import alignment
+from portable_mla.launch import KernelLaunch, alignment
 
 
 def test_on_amd_a_tensor_beyond_two_gigabytes_needs_a_kernel_of_its_own() -> None:
@@ -75,3 +76,23 @@ def test_an_empty_chain_of_hooks_is_no_hook_and_one_in_it_is(monkeypatch: pytest
     chain.add(lambda metadata: None)
     monkeypatch.setattr(knobs.runtime, "launch_exit_hook", chain)
     assert launch._hooked()
+
+
+def test_a_first_launch_compiles_within_what_it_is_given() -> None:
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def compiling() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    class Kernel:
+        arg_names = ("x", "C")
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *arguments, **constants: entered.append(f"{arguments} {constants}")
+
+    launch = KernelLaunch(Kernel(), {"C": 3}, compiling)
+    launch("key", (1,), 5)
+    assert entered == ["in", "(5,) {'C': 3}", "out"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +206,7 @@ def test_compilations_are_rewritten_within_alone_and_a_hook_that_is_there_is_cal
         seen.append(arguments)
         return ("key", "hash")
 
+    monkeypatch.setattr(sm90_eviction, "POLICY", {})
     monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", before, raising=False)
     stages = {"ptx": lambda source, metadata: source + metadata}
     with sm90_eviction.rewriting():
@@ -217,26 +216,6 @@ def test_compilations_are_rewritten_within_alone_and_a_hook_that_is_there_is_cal
     assert knobs.runtime.add_stages_inspection_hook is before
     assert seen == [(), ("backend", stages, "options", "language", 90)]
     assert "cache_hint" in stages["ptx"](f"// {sm90_eviction.MARK}\n", LOAD)
-
-
-def test_a_first_launch_compiles_within_what_it_is_given() -> None:
-    entered: list[str] = []
-
-    @contextlib.contextmanager
-    def compiling() -> Iterator[None]:
-        entered.append("in")
-        yield
-        entered.append("out")
-
-    class Kernel:
-        arg_names = ("x", "C")
-
-        def __getitem__(self, grid: object) -> Any:
-            return lambda *arguments, **constants: entered.append(f"{arguments} {constants}")
-
-    launch = KernelLaunch(Kernel(), {"C": 3}, compiling)
-    launch("key", (1,), 5)
-    assert entered == ["in", "(5,) {'C': 3}", "out"]
 
 
 def test_no_variant_spills_beyond_its_budget_and_no_wgmma_waits_for_another() -> None:

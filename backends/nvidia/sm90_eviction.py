@@ -1,4 +1,4 @@
-"""Loads that L2 drops first, for Tritons whose TMA takes no cache policy: the PTX of marked ones is rewritten.
+"""Loads that L2 drops first: by Triton's cache policy; where its TMA takes none, by rewriting the PTX of marked ones.
 
 Triton calls a hook with the stages of each compilation. It is set only while a kernel of ours is compiled, it calls
 whatever hook was set before, and PTX that it does not recognise stays as it is: loads are then ordinary.
@@ -11,6 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+try:
+    from triton.experimental.gluon.language.nvidia.ampere import CachePolicy, FractionalEvictionPolicy
+
+    POLICY = {"cache_policy": CachePolicy(l2=FractionalEvictionPolicy("evict_first", 1.0))}
+except ImportError:
+    POLICY = {}
 MARK = "the next load is evict_first"  # a comment in the PTX
 _LOAD = re.compile(
     rf"({MARK}(?:(?!cp\.async\.bulk\.tensor).)*?)"
@@ -27,13 +33,13 @@ def evict_first(ptx: str) -> str:
 
 @contextmanager
 def rewriting() -> Iterator[None]:
-    """Within, compilations rewrite marked loads; where Triton has no such hook, nothing happens."""
+    """Within, compilations rewrite marked loads; nothing happens where Triton has policies, or has no such hook."""
     from triton import knobs
 
-    before = getattr(knobs.runtime, "add_stages_inspection_hook", None)
-    if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
+    if POLICY or not hasattr(knobs.runtime, "add_stages_inspection_hook"):
         yield
         return
+    before = knobs.runtime.add_stages_inspection_hook
     knobs.runtime.add_stages_inspection_hook = _hook(before)
     try:
         yield

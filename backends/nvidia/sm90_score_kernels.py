@@ -13,9 +13,9 @@ SCORES_ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
 ACC_ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 SCORES_KEY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 QUERY_OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
+WEIGHTS_OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 STRIP = gl.constexpr(16)  # rows
 STRIPS = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-WEIGHTS_OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 
 
 @gluon.jit

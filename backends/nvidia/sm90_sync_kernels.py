@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language import core
 
-from portable_mla.backends.nvidia.sm90_eviction import MARK
+from portable_mla.backends.nvidia.sm90_eviction import MARK, POLICY
 
 # Named barriers. Triton uses 0, 1 and 2 + the partition's index.
 WEIGHTS_0 = gl.constexpr(7)  # weights and maximum of the even block are in shared memory
@@ -24,15 +24,9 @@ PAIR_THREADS = gl.constexpr(256)  # both compute warpgroups
 RELEASE_THREADS = gl.constexpr(160)  # one compute warpgroup and a loader warp
 QUERY_THREADS = gl.constexpr(320)  # both compute warpgroups and both loader warps
 
-# Renamed after Triton 3.6, which knows no cache policies.
+# Renamed after Triton 3.6.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
-try:
-    from triton.experimental.gluon.language.nvidia.ampere import CachePolicy, FractionalEvictionPolicy
-
-    _POLICY = {"cache_policy": CachePolicy(l2=FractionalEvictionPolicy("evict_first", 1.0))}
-except ImportError:
-    _POLICY = {}
 
 
 def _statement(text, _semantic):
@@ -48,9 +42,9 @@ def _number(value):
 @core.extern
 def load_once(desc, coordinates, barrier, tile, _semantic=None):
     """TMA of what is read once: L2 drops it first. Without policies in Triton, sm90_eviction.py sees to it."""
-    if not _POLICY:
+    if not POLICY:
         _statement(f"// {MARK}", _semantic)
-    tma_load(desc, coordinates, barrier, tile, _semantic=_semantic, **_POLICY)
+    tma_load(desc, coordinates, barrier, tile, _semantic=_semantic, **POLICY)
 
 
 @core.extern

@@ -39,12 +39,8 @@ SHORT = PlanShape(
 )  # fmt: skip
 BATCH = ([100, 0, 20_000, 33, 700], [1, 0, 8, 2, 3])
 
-LESS_THAN_A_TILE = (
-    1,
-    9,
-    17,
-    31,
-)  # keys of a request: the first tile, which a pipeline loads before its loop, is partial
+# Keys of requests: the first tile, which a pipeline loads before its loop, is partial.
+LESS_THAN_A_TILE = (1, 9, 17, 31)
 
 # case, compute units: the plan has as many parts as these hold programs
 DECODES = {
