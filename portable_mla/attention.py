@@ -7,17 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from portable_mla.arguments import check_cache_row, check_kv_scale, check_outputs, check_q_dtype, check_tensors
+from portable_mla.arguments import check_kv_scale, check_q_dtype
 from portable_mla.backend import DecodeInputs, decode_runner
-from portable_mla.device import arch_of
+from portable_mla.device import arch_of, on_device_of
 from portable_mla.dispatch import Explanation, explain, select
 from portable_mla.errors import GraphCaptureError, PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, PagedBatch, Status
 from portable_mla.ops import register_planned, result_tensors, scale_tensor
+from portable_mla.planned_calls import PlannedCalls
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
-
-_REMEMBERED_CALLS = 4096
 
 
 class MLAAttention:
@@ -64,9 +63,11 @@ class MLAAttention:
         self._buffers = self._new_buffers()
         self._most_pages = self._planned_pages = capacity.max_pages  # that page ids may name; those of this plan
         self._batch: PagedBatch | None = None
-        self._generation: tuple[int, ...] = ()
+        self._versioned: tuple[Tensor, ...] = ()  # the batch's tensors that count writes in place
+        self._versions: list[int] = []  # their counts at the latest plan
         self._known_batch: tuple[object, ...] = ()  # what passed the latest check of a batch
-        self._checked: set[tuple[object, ...]] = set()
+        self._calls = PlannedCalls(self.request)
+        self._scaled = shape.cache_format.needs_scale
         self._captured = False
         self._handle = register_planned(self)
 
@@ -117,7 +118,8 @@ class MLAAttention:
         """
         self._check_batch(batch)
         self._describe(batch, self._most_pages)
-        self._batch, self._generation = batch, _generation(batch)
+        self._batch, self._versioned = batch, _versioned(batch)
+        self._versions = [tensor._version for tensor in self._versioned]
 
     def _describe(self, batch: PagedBatch, pages: int) -> None:
         """Write the metadata, for page ids below `pages`."""
@@ -126,7 +128,7 @@ class MLAAttention:
             self._check_values(batch, pages)
         if not self._settings.persistent_metadata:
             self._buffers = self._new_buffers()
-        with torch.cuda.device_of(batch.kv_lens):
+        with on_device_of(batch.kv_lens):
             self._runner.plan(self._buffers.update(batch, pages))
         self._planned_pages = pages
 
@@ -214,19 +216,17 @@ class MLAAttention:
         """What the op `decode_planned` does."""
         batch = self._planned_batch()
         capturing = self._note_capture()
-        call = tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr()) for t in (q, kv_cache, out, lse))
-        if call not in self._checked:
-            self._check_call(q, kv_cache, out, lse)
-            self._remember(call)
+        self._calls.check(q, kv_cache, out, lse)
         pages = kv_cache.shape[0]
         if pages < self._planned_pages:
             self._plan_for_pages(pages, capturing)
-        tokens = batch.size * batch.max_query_len
-        if batch.query_lens is None and q.shape[0] != tokens:
-            raise PlanMismatch("query tokens", tokens, q.shape[0], "A uniform batch has max_query_len a request")
-        check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache)
-        if q.shape[0]:
-            with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
+        tokens, tokens_given = batch.size * batch.max_query_len, q.shape[0]
+        if batch.query_lens is None and tokens_given != tokens:
+            raise PlanMismatch("query tokens", tokens, tokens_given, "A uniform batch has max_query_len a request")
+        if kv_scale is not None or self._scaled:
+            check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache)
+        if tokens_given:
+            with on_device_of(q):
                 self._runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
         if capturing:
             self._captured, self._most_pages = True, min(self._most_pages, pages)
@@ -245,37 +245,10 @@ class MLAAttention:
     def _planned_batch(self) -> PagedBatch:
         if self._batch is None:
             raise PlanMismatch("plan", "nothing", "a call", "Call plan(batch) first")
-        if _generation(self._batch) != self._generation:
+        if [tensor._version for tensor in self._versioned] != self._versions:
             hint = "Call plan(batch) after changing lengths or tables in place"
             raise PlanMismatch("batch", "the tensors as they were", "changed tensors", hint)
         return self._batch
-
-    def _remember(self, call: tuple[object, ...]) -> None:
-        """Addresses, shapes and strides that were checked need no second check: the layers of a model repeat them."""
-        if len(self._checked) >= _REMEMBERED_CALLS:
-            self._checked.clear()
-        self._checked.add(call)
-
-    def _check_call(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:
-        shape, capacity = self.request.shape, self.request.capacity
-        check_tensors(q, kv_cache)
-        for field, planned, got in (
-            ("heads", shape.heads, q.shape[1]),
-            ("latent + rope", shape.qk_dim, q.shape[2]),
-            ("q dtype", shape.q_dtype, q.dtype),
-            ("page_size", shape.page_size, kv_cache.shape[1]),
-            ("cache dtype", shape.cache_format.dtype, kv_cache.dtype),
-        ):
-            if planned != got:
-                raise PlanMismatch(field, planned, got, "Build an MLAAttention for this shape")
-        check_cache_row(kv_cache, shape)
-        for field, planned, got in (
-            ("max_query_tokens", capacity.max_query_tokens, q.shape[0]),
-            ("max_pages", capacity.max_pages, kv_cache.shape[0]),
-        ):
-            if got > planned:
-                raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
-        check_outputs(out, lse, shape.latent_dim, {"q": q, "kv_cache": kv_cache})
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -289,7 +262,7 @@ def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
 
 
-def _generation(batch: PagedBatch) -> tuple[int, ...]:
-    """Versions of the batch's tensors: they move when one is written in place (inference tensors carry none)."""
+def _versioned(batch: PagedBatch) -> tuple[Tensor, ...]:
+    """The batch's tensors whose versions move when they are written in place; inference tensors carry none."""
     tensors = (batch.block_table, batch.kv_lens, batch.query_lens, batch.positions)
-    return tuple([-1 if t is None or t.is_inference() else t._version for t in tensors])
+    return tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from portable_mla.errors import UnsupportedDevice
 
+_HERE = nullcontext()
 Vendor = Literal["nvidia", "amd", "cpu"]
 
 
@@ -133,6 +136,12 @@ def local_devices() -> tuple[LocalDevice, ...]:
         except UnsupportedDevice as refusal:
             found.append(LocalDevice(name, product, None, str(refusal)))
     return (*found, LocalDevice("cpu", f"{torch.get_num_threads()} threads", arch_of("cpu")))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels launch on the current GPU, which need not be the tensor's: there, for as long as this is entered."""
+    index = tensor.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device_of(tensor)
 
 
 @functools.cache

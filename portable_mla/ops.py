@@ -15,6 +15,7 @@ from torch import Tensor
 
 from portable_mla.arguments import DecodeArguments, check_device, check_outputs, check_scale
 from portable_mla.backend import DecodeInputs, decode_runner
+from portable_mla.device import on_device_of
 from portable_mla.dispatch import select
 from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
 from portable_mla.settings import Settings
@@ -94,8 +95,9 @@ def result_tensors(
     q: Tensor, width: int, out: Tensor | None = None, lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The results to write into: those given, else new ones, [tokens, heads, width] in q's dtype and float32."""
-    out = q.new_empty(*q.shape[:2], width) if out is None else out
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if lse is None else lse
+    rows = q.shape[:2]
+    out = q.new_empty(*rows, width) if out is None else out
+    lse = q.new_empty(*rows, dtype=torch.float32) if lse is None else lse
     return out, lse
 
 
@@ -185,7 +187,7 @@ def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: 
         return
     if batch.device.type == "cpu":
         batch.check_values(request.shape.page_size, kv_cache.shape[0], q.shape[0])
-    with torch.cuda.device_of(q):  # kernels launch on the current device, which need not be the tensors'
+    with on_device_of(q):
         runner, status = decode_runner(chosen, request), Status.allocate(q.device)
         buffers = DecodeBuffers(request.capacity, request.shape.page_size, chosen.needs(request), status)
         runner.plan(buffers.update(batch, request.capacity.max_pages))

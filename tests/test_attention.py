@@ -114,6 +114,40 @@ def test_tensors_that_do_not_fit_the_plan_are_refused(case: Case, field: str) ->
         attend(other.q, other.kv_cache, softmax_scale=1.0)
 
 
+def test_other_tensors_at_an_address_that_was_served_are_checked_anew() -> None:
+    problem, attend = build(Case((33, 5))), attention()
+    attend.plan(problem.batch)
+    attend(problem.q, problem.kv_cache, softmax_scale=1.0)
+    with pytest.raises(PlanMismatch, match="heads: planned 4, got 8"):
+        attend(problem.q.view(1, 8, 576), problem.kv_cache, softmax_scale=1.0)
+    with pytest.raises(ValueError, match="kv_cache: expected a last-dimension stride of 1"):
+        attend(problem.q, problem.kv_cache.transpose(1, 2), softmax_scale=1.0)
+    out, lse = attend(problem.q, problem.kv_cache, softmax_scale=1.0)
+    with pytest.raises(ValueError, match="out: shares memory with lse"):
+        attend(problem.q, problem.kv_cache, out, out.view(torch.float32).flatten()[:8].view(2, 4), softmax_scale=1.0)
+    with pytest.raises(TypeError, match="out: expected torch.bfloat16, got torch.float16"):
+        attend(problem.q, problem.kv_cache, out.view(torch.float16), lse, softmax_scale=1.0)
+
+
+def test_a_scale_is_given_exactly_where_the_cache_has_one() -> None:
+    problem, attend = build(Case((33,))), attention()
+    attend.plan(problem.batch)
+    with pytest.raises(ValueError, match="kv_scale: expected None for a bf16 cache"):
+        attend(problem.q, problem.kv_cache, softmax_scale=1.0, kv_scale=1.0)
+    scaled = attention(shape=dataclasses.replace(SHAPE, cache_format=CacheFormat.fp8_e4m3))
+    scaled.plan(problem.batch)
+    with pytest.raises(ValueError, match="kv_scale required for fp8 caches"):
+        scaled(problem.q, problem.kv_cache.to(torch.float8_e4m3fn), softmax_scale=1.0)
+
+
+def test_lengths_in_inference_tensors_serve_without_versions() -> None:
+    with torch.inference_mode():
+        problem = build(Case((33, 5)))
+    attend = attention()
+    attend.plan(problem.batch)
+    acceptance.check(problem, *attend(problem.q, problem.kv_cache, softmax_scale=problem.softmax_scale))
+
+
 def test_an_empty_batch_gives_empty_results() -> None:
     attend = attention()
     attend.plan(PagedBatch(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)))

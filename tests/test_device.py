@@ -99,3 +99,21 @@ def test_fp8_flavours_follow_the_matrix_units() -> None:
     assert arch_named("gfx950").float8 is torch.float8_e4m3fn
     assert arch_named("sm90").float8 is torch.float8_e4m3fn
     assert arch_named("cpu").float8 is None
+
+
+@pytest.mark.parametrize(("index", "entered"), [(-1, []), (1, []), (2, [2])])
+def test_the_device_is_switched_only_for_a_tensor_of_another_gpu(
+    index: int, entered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched: list[int] = []
+
+    def exchange(index: int) -> int:
+        switched.append(index)
+        return 1
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", lambda index: index)
+    tensor: Any = SimpleNamespace(get_device=lambda: index, is_cuda=index >= 0)
+    with device.on_device_of(tensor):
+        assert switched == entered

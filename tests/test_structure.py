@@ -23,7 +23,7 @@ LAYERS = (
     ("metadata",),
     ("backend", "models", "geometry", "pages"),
     ("dispatch", "cache", "arguments"),
-    ("prefill_arguments", "write_arguments"),
+    ("prefill_arguments", "write_arguments", "planned_calls"),
     ("merge_kernels", "float8_kernels"),
     ("cache_write_kernels",),
     ("write_launch",),

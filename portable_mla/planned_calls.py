@@ -1,0 +1,57 @@
+"""PlannedCalls: whether the tensors of a layer's call fit what was planned."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from portable_mla.arguments import check_cache_row, check_outputs, check_tensors
+from portable_mla.errors import PlanMismatch
+from portable_mla.shape import Request
+
+_REMEMBERED = 4096
+
+
+class PlannedCalls:
+    """Calls that fit a request. Addresses, shapes and strides that were checked need no second check: the layers of a
+    model repeat them."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._checked: set[tuple[object, ...]] = set()
+
+    def check(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Raises PlanMismatch, TypeError or ValueError for tensors of another model, beyond the capacity, or that a
+        kernel could not read or write."""
+        call = (
+            q.shape, q.stride(), q.dtype, q.get_device(), q.data_ptr(),
+            kv_cache.shape, kv_cache.stride(), kv_cache.dtype, kv_cache.get_device(), kv_cache.data_ptr(),
+            out.shape, out.stride(), out.dtype, out.get_device(), out.data_ptr(),
+            lse.shape, lse.stride(), lse.dtype, lse.get_device(), lse.data_ptr(),
+        )  # fmt: skip
+        if call in self._checked:
+            return
+        self._check_new(q, kv_cache, out, lse)
+        if len(self._checked) >= _REMEMBERED:
+            self._checked.clear()
+        self._checked.add(call)
+
+    def _check_new(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:
+        shape, capacity = self._request.shape, self._request.capacity
+        check_tensors(q, kv_cache)
+        for field, planned, got in (
+            ("heads", shape.heads, q.shape[1]),
+            ("latent + rope", shape.qk_dim, q.shape[2]),
+            ("q dtype", shape.q_dtype, q.dtype),
+            ("page_size", shape.page_size, kv_cache.shape[1]),
+            ("cache dtype", shape.cache_format.dtype, kv_cache.dtype),
+        ):
+            if planned != got:
+                raise PlanMismatch(field, planned, got, "Build an MLAAttention for this shape")
+        check_cache_row(kv_cache, shape)
+        for field, planned, got in (
+            ("max_query_tokens", capacity.max_query_tokens, q.shape[0]),
+            ("max_pages", capacity.max_pages, kv_cache.shape[0]),
+        ):
+            if got > planned:
+                raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
+        check_outputs(out, lse, shape.latent_dim, {"q": q, "kv_cache": kv_cache})
