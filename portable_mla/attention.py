@@ -17,6 +17,7 @@ from portable_mla.ops import register_planned, result_tensors, scale_tensor
 from portable_mla.planned_calls import PlannedCalls
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
+from portable_mla.unobserved import unobserved
 
 
 class MLAAttention:
@@ -205,9 +206,13 @@ class MLAAttention:
 
         Raises PlanMismatch when the tensors, or lengths changed since, do not fit the plan.
         """
+        direct = unobserved(q, kv_cache, out, lse, kv_scale) and type(softmax_scale) is float
         out, lse = result_tensors(q, self.request.shape.latent_dim, out, lse)
-        scale = scale_tensor(kv_scale, q.device)
-        torch.ops.portable_mla.decode_planned.default(q, kv_cache, out, lse, self._handle, softmax_scale, scale)
+        scale = None if kv_scale is None else scale_tensor(kv_scale, q.device)
+        if direct:
+            self.run(q, kv_cache, out, lse, softmax_scale, scale)
+        else:
+            torch.ops.portable_mla.decode_planned.default(q, kv_cache, out, lse, self._handle, softmax_scale, scale)
         return out, lse
 
     def run(
