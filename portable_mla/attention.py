@@ -206,22 +206,24 @@ class MLAAttention:
 
         Raises PlanMismatch when the tensors, or lengths changed since, do not fit the plan.
         """
+        ours = out is None and lse is None
         direct = unobserved(q, kv_cache, out, lse, kv_scale) and type(softmax_scale) is float
         out, lse = result_tensors(q, self.request.shape.latent_dim, out, lse)
         scale = None if kv_scale is None else scale_tensor(kv_scale, q.device)
         if direct:
-            self.run(q, kv_cache, out, lse, softmax_scale, scale)
+            self.run(q, kv_cache, out, lse, softmax_scale, scale, ours=ours)
         else:
             torch.ops.portable_mla.decode_planned.default(q, kv_cache, out, lse, self._handle, softmax_scale, scale)
         return out, lse
 
     def run(
-        self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, kv_scale: Tensor | None
-    ) -> None:
-        """What the op `decode_planned` does."""
+        self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, kv_scale: Tensor | None,
+        *, ours: bool = False,
+    ) -> None:  # fmt: skip
+        """What the op `decode_planned` does. ours: out and lse are `result_tensors`' own."""
         batch = self._planned_batch()
         capturing = self._note_capture()
-        self._calls.check(q, kv_cache, out, lse)
+        memo = self._calls.memo(q, kv_cache, out, lse, ours=ours)
         pages = kv_cache.shape[0]
         if pages < self._planned_pages:
             self._plan_for_pages(pages, capturing)
@@ -232,7 +234,8 @@ class MLAAttention:
             check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache)
         if tokens_given:
             with on_device_of(q):
-                self._runner.run(DecodeInputs(q, kv_cache), out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
+                inputs = DecodeInputs(q, kv_cache, memo)
+                self._runner.run(inputs, out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
         if capturing:
             self._captured, self._most_pages = True, min(self._most_pages, pages)
         elif self._settings.debug:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -11,12 +11,23 @@ from portable_mla.metadata import DecodeMetadata, Needs
 from portable_mla.shape import Phase, Request
 
 
+class CallMemo:
+    """What a runner has worked out for calls whose inputs and results have the same shapes, strides, dtypes, device and
+    alignment to 16 bytes: numbers and launches, for it keeps no tensor of a caller. None before the runner says so."""
+
+    __slots__ = ("layout",)
+
+    def __init__(self) -> None:
+        self.layout: Any = None
+
+
 @dataclass(frozen=True)
 class DecodeInputs:
-    """One layer's inputs of a decode step."""
+    """One layer's inputs of a decode step. memo: the same one for calls that are alike."""
 
     q: Tensor  # [tokens, heads, latent + rope]
     kv_cache: Tensor  # [pages, page_size, row_width], any outer strides
+    memo: CallMemo = field(default_factory=CallMemo, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,46 @@
-"""PlannedCalls: whether the tensors of a layer's call fit what was planned."""
+"""PlannedCalls: whether the tensors of a layer's call fit what was planned, and what is remembered of such calls."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from portable_mla.arguments import check_cache_row, check_outputs, check_tensors
+from portable_mla.backend import CallMemo
 from portable_mla.errors import PlanMismatch
 from portable_mla.shape import Request
 
 _REMEMBERED = 4096
+_ALIGNED = 16  # bytes: what kernels are specialised on
 
 
 class PlannedCalls:
-    """Calls that fit a request. Addresses, shapes and strides that were checked need no second check: the layers of a
-    model repeat them."""
+    """Calls that fit a request. Tensors whose addresses, shapes and strides were checked need no second check: the
+    layers of a model repeat them."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._checked: set[tuple[object, ...]] = set()
+        self._memos: dict[tuple[object, ...], CallMemo] = {}
 
-    def check(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Raises PlanMismatch, TypeError or ValueError for tensors of another model, beyond the capacity, or that a
-        kernel could not read or write."""
+    def memo(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, *, ours: bool) -> CallMemo:
+        """What is remembered of such calls. ours: out and lse are `result_tensors`' own, which fit any q that does.
+
+        Raises PlanMismatch, TypeError or ValueError for tensors of another model, beyond the capacity, or that a
+        kernel could not read or write.
+        """
         call = (
             q.shape, q.stride(), q.dtype, q.get_device(), q.data_ptr(),
             kv_cache.shape, kv_cache.stride(), kv_cache.dtype, kv_cache.get_device(), kv_cache.data_ptr(),
-            out.shape, out.stride(), out.dtype, out.get_device(), out.data_ptr(),
-            lse.shape, lse.stride(), lse.dtype, lse.get_device(), lse.data_ptr(),
+            (out.data_ptr() | lse.data_ptr()) % _ALIGNED if ours else _laid_out(out, lse),
         )  # fmt: skip
-        if call in self._checked:
-            return
-        self._check_new(q, kv_cache, out, lse)
-        if len(self._checked) >= _REMEMBERED:
-            self._checked.clear()
-        self._checked.add(call)
+        memo = self._memos.get(call)
+        if memo is None:
+            self._check(q, kv_cache, out, lse)
+            if len(self._memos) >= _REMEMBERED:
+                self._memos.clear()
+            memo = self._memos[call] = CallMemo()
+        return memo
 
-    def _check_new(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:
+    def _check(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:
         shape, capacity = self._request.shape, self._request.capacity
         check_tensors(q, kv_cache)
         for field, planned, got in (
@@ -55,3 +60,10 @@ class PlannedCalls:
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
         check_outputs(out, lse, shape.latent_dim, {"q": q, "kv_cache": kv_cache})
+
+
+def _laid_out(out: Tensor, lse: Tensor) -> tuple[object, ...]:
+    return (
+        out.shape, out.stride(), out.dtype, out.get_device(), out.data_ptr(),
+        lse.shape, lse.stride(), lse.dtype, lse.get_device(), lse.data_ptr(),
+    )  # fmt: skip

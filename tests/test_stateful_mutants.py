@@ -47,9 +47,10 @@ class Altered(MLAAttention):
     """Alters results after each run."""
 
     def run(
-        self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, kv_scale: Tensor | None
-    ) -> None:
-        super().run(q, kv_cache, out, lse, softmax_scale, kv_scale)
+        self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, softmax_scale: float, kv_scale: Tensor | None,
+        *, ours: bool = False,
+    ) -> None:  # fmt: skip
+        super().run(q, kv_cache, out, lse, softmax_scale, kv_scale, ours=ours)
         assert self._batch is not None, "planned"
         self.alter(self._batch, out, lse)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from portable_mla.backends.vendor.layout import new_layout
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.launch import KernelLaunch
 from tests import fake_libraries as fakes
@@ -140,3 +141,20 @@ def test_a_finishing_launch_takes_the_tensors_of_its_own_call_and_keeps_none(mon
     finish(last, lse)
     del last
     assert kept() is None
+
+
+def test_a_layout_is_remembered_once_its_finishing_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(KernelLaunch, "at", lambda self, key, grid: lambda *arguments: compiled.append("compiled"))
+    monkeypatch.setattr(KernelLaunch, "ready", lambda self, key: next(iter(compiled), None))
+    monkeypatch.setattr(Step, "finishing", Step._finishing_launch)
+    step = Step(request("sm90"), table=False)
+    step.buffers = step._allocate(torch.device("cpu"))
+    problem = build(UNIFORM)
+    inputs, out, lse = problem.inputs, problem.q[..., :512].contiguous(), torch.zeros(3, 16)
+    first = new_layout("a library", step, inputs, out, lse, in_place=True)
+    assert inputs.memo.layout is None
+    first.finish(VendorRows(lse, (16, 16, 1), 1), out, lse)
+    second = new_layout("a library", step, inputs, out, lse, in_place=True)
+    assert inputs.memo.layout is second
+    assert (second.tokens, second.copied_q, second.in_place) == (3, False, True)

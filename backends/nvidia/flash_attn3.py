@@ -14,7 +14,8 @@ from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
 from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import call, call_with, result, wide, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, result, wide
+from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.cache_format import CacheFormat
@@ -192,29 +193,33 @@ class FlashAttn3Runner:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
         name = self._name
-        cache, q = wide_cache(name, inputs.kv_cache), wide_rows(inputs.q)
-        in_place = self._in_place and wide(out)
-        finish = self._step.finishing(not in_place, out, lse)
+        layout: VendorLayout = inputs.memo.layout or self._new_layout(inputs, out, lse)
+        q = layout.queries(inputs.q)
         if self._step.fit(q):
             self._plan()
         if self._batch == 0:
             out.zero_()
             lse.fill_(-torch.inf)
             return
-        values, keys = torch.split_with_sizes(self._pages(cache), self._widths, -1)
+        values, keys = torch.split_with_sizes(self._pages(inputs.kv_cache), self._widths, -1)
         q_v, q_rope = torch.split_with_sizes(q, self._widths, -1)
         names = self._names
         arguments = {
             "q": q_rope, names.keys: keys, names.values: values, names.q_v: q_v, "softmax_scale": softmax_scale,
             "scheduler_metadata": None if _capturing(q) else self._current,
         }  # fmt: skip
-        if in_place:
+        if layout.in_place:
             arguments["out"] = out
         results = call_with(name, self._decode_step, arguments)
         rows = result(name, "out", results[0], out.shape, q.dtype)
-        theirs = result(name, "lse", results[1], (self._shape.heads, q.shape[0]), torch.float32)
+        theirs = result(name, "lse", results[1], (self._shape.heads, layout.tokens), torch.float32)
         of_head, of_query = theirs.stride()
-        finish(VendorRows(theirs, (of_query, 0, of_head), 1, None if in_place else rows.contiguous()), out, lse)
+        copied = None if layout.in_place else rows.contiguous()
+        layout.finish(VendorRows(theirs, (of_query, 0, of_head), 1, copied), out, lse)
+
+    def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> VendorLayout:
+        in_place = self._in_place and wide(out)
+        return new_layout(self._name, self._step, inputs, out, lse, in_place=in_place)
 
     @functools.cached_property
     def _max_kv_len(self) -> int:

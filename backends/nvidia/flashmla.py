@@ -15,7 +15,8 @@ from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
 from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import call, call_with, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, result
+from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.cache_format import CacheFormat
@@ -151,30 +152,32 @@ class FlashMLARunner:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
         name, heads, query_len = self._name, self._shape.heads, self._query_len
-        cache, q = wide_cache(name, inputs.kv_cache), wide_rows(inputs.q)
-        in_place = self._in_place and out.is_contiguous()
-        finish = self._step.finishing(not in_place, out, lse)
-        batch = q.shape[0] // query_len
+        layout: VendorLayout = inputs.memo.layout or self._new_layout(inputs, out, lse)
+        q, batch = layout.queries(inputs.q), layout.tokens // query_len
         step = self._step.of(batch)
-        schedule, splits = self._schedule_of(step.kv_lens).pair
+        schedule, splits = self._schedule_of(batch, step.kv_lens).pair
         shape = (batch, query_len, heads, self._shape.latent_dim)
         arguments = {
-            "q": q.view(batch, query_len, heads, -1), "k_cache": cache.unsqueeze(2), "block_table": step.table,
-            "cache_seqlens": step.kv_lens, "tile_scheduler_metadata": schedule, "num_splits": splits,
-            "softmax_scale": softmax_scale,
+            "q": q.view(batch, query_len, heads, -1), "k_cache": inputs.kv_cache.unsqueeze(2),
+            "block_table": step.table, "cache_seqlens": step.kv_lens, "tile_scheduler_metadata": schedule,
+            "num_splits": splits, "softmax_scale": softmax_scale,
         }  # fmt: skip
-        if in_place:
+        if layout.in_place:
             arguments["out"] = out.view(shape)
         results = call_with(name, self._decode, arguments)
         rows = result(name, "out", results[0], shape, q.dtype)
         theirs = result(name, "lse", results[1], (batch, heads, query_len), torch.float32)
         of_batch, of_head, of_query = theirs.stride()
-        copied = None if in_place else rows.contiguous()
-        finish(VendorRows(theirs, (of_batch, of_query, of_head), query_len, copied), out, lse)
+        copied = None if layout.in_place else rows.contiguous()
+        layout.finish(VendorRows(theirs, (of_batch, of_query, of_head), query_len, copied), out, lse)
 
-    def _schedule_of(self, lens: Tensor) -> _Schedule:
+    def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> VendorLayout:
+        in_place = self._in_place and out.is_contiguous()
+        return new_layout(self._name, self._step, inputs, out, lse, in_place=in_place)
+
+    def _schedule_of(self, batch: int, lens: Tensor) -> _Schedule:
         """The schedule of this step for so many requests, or, in a capture that none can be kept for, its own."""
-        capturing, batch = lens.is_cuda and torch.cuda.is_current_stream_capturing(), lens.shape[0]
+        capturing = lens.is_cuda and torch.cuda.is_current_stream_capturing()
         schedule = self._schedules.get(batch)
         if capturing:
             if schedule is not None and not schedule.captured:

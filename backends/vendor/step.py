@@ -94,10 +94,11 @@ class Step:
 
     def of(self, batch: int) -> StepView:
         """The buffers for so many requests; made once, since slicing costs a microsecond each."""
-        if batch not in self._views:
+        view = self._views.get(batch)
+        if view is None:
             table = self.table[:batch] if self._table else self.kv_lens[:0]
-            self._views[batch] = StepView(self.kv_lens[:batch], self.query_indptr[: batch + 1], table)
-        return self._views[batch]
+            view = self._views[batch] = StepView(self.kv_lens[:batch], self.query_indptr[: batch + 1], table)
+        return view
 
     def memory(self) -> dict[str, int]:
         """Bytes of the buffers."""
