@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from portable_mla import explain
+from portable_mla.backend import CallMemo, DecodeInputs
 from portable_mla.cache_format import CacheFormat
 from portable_mla.device import ARCHS
 from portable_mla.dispatch import load
@@ -140,6 +143,11 @@ def test_an_odd_cache_gets_a_plan_of_its_own_on_first_need_and_each_step_from_th
     assert next(iter(path.memory().values())) > 0
 
 
+def noted(argument: Any) -> Any:
+    """An argument as it is now: a descriptor is given another tensor by the next call."""
+    return argument if isinstance(argument, torch.Tensor) else copy.copy(argument)
+
+
 def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytest.MonkeyPatch) -> None:
     if sm90.missing_names():
         pytest.skip(f"this Triton lacks {sm90.missing_names()}")
@@ -148,13 +156,17 @@ def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytes
 
     launched: list[tuple[str, dict[str, Any]]] = []
 
-    def launch(self: KernelLaunch, key: object, grid: tuple[int, ...], *arguments: Any) -> None:
-        hash(key)
-        assert set(self._kernel.arg_names[len(arguments) :]) <= set(self._constants)
-        assert len(arguments) + len(self._trailing) == len(self._kernel.arg_names)
-        launched.append((self._kernel.__name__, dict(zip(self._kernel.arg_names, arguments, strict=False))))
+    def at(self: KernelLaunch, key: object, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any) -> None:
+            assert set(self._kernel.arg_names[len(arguments) :]) <= set(self._constants)
+            assert len(arguments) + len(self._trailing) == len(self._kernel.arg_names)
+            given = dict(zip(self._kernel.arg_names, map(noted, arguments), strict=False))
+            launched.append((self._kernel.__name__, given))
 
-    monkeypatch.setattr(KernelLaunch, "__call__", launch)
+        hash(key)
+        return launch
+
+    monkeypatch.setattr(KernelLaunch, "at", at)
     problem = build(Case((70, 5, 9), heads=20, page_size=64, query_lens=(3, 1, 2), max_query_len=3))
     runner = Sm90Runner(ragged(REQUEST, 20, 3), Tile(64, 64, 8, 2))
     plan = SplitPlan.allocate(runner.plan_shape, torch.device("cpu"))
@@ -176,6 +188,49 @@ def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytes
     copied = launched[2][1]["q_desc"].base
     assert torch.equal(copied, problem.q), "queries that are no rows of one matrix are copied"
     assert runner.memory()["query copy"] == 64 * 20 * 576 * 2
+
+
+class _Instant:
+    """A compiled kernel that notes what it was launched with."""
+
+    def __init__(self, launched: list[tuple[Any, ...]]) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments: self.launched.append(tuple(map(noted, arguments)))
+
+
+def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    from portable_mla.backends.nvidia.sm90_runner import Sm90Runner
+    from portable_mla.metadata.split_plan import SplitPlan
+
+    launched: list[tuple[Any, ...]] = []
+
+    def first(self: KernelLaunch, key: Hashable, grid: object, *arguments: Any) -> None:
+        self._compiled[key] = _Instant(launched)
+
+    monkeypatch.setattr(KernelLaunch, "_first", first)
+    runner = Sm90Runner(REQUEST, Tile(64, 64, 8, 2))
+    device, memo = torch.device("cpu"), CallMemo()
+    problem = build(Case((70, 5), heads=128, page_size=64))
+    for call in range(4):
+        plan = SplitPlan.allocate(runner.plan_shape, device)
+        runner.plan(DecodeMetadata(problem.batch, Status.allocate(device), plan))
+        q, cache = problem.q.clone(), problem.kv_cache.clone()
+        out, lse = torch.empty_like(q[..., :512]), torch.zeros(q.shape[:2])
+        runner.run(DecodeInputs(q, cache, memo), out, lse, softmax_scale=0.1 * call)
+        assert (memo.layout is None) == (call == 0), "the first launches compile"
+        if call:
+            decode, combine = launched[-2:]
+            assert decode[0].base is q and decode[1].base is decode[2] is cache
+            assert decode[3] is plan.table_header and combine[0] is plan.token_slots
+            for kernel, arguments in ((runner._decode, decode), (runner._combine._launches["spread"], combine)):
+                given = dict(zip(kernel._kernel.arg_names, arguments, strict=True))
+                assert given["out_ptr"] is out and given["lse_ptr"] is lse
+                assert given.get("softmax_scale", 0.1 * call) == 0.1 * call
+    assert memo.layout.q_desc.base is None and memo.layout.kv_desc.base is None
 
 
 LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd2, {%r3, %r4}], [%r5];"

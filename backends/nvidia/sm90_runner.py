@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -87,24 +88,42 @@ class Sm90Runner:
         """Two launches: split decode, and the combine that also defines rows without work."""
         assert self._metadata is not None and self._partial_tensors is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
-        q, cache, plan = inputs.q, inputs.kv_cache, self._metadata.split_plan
-        assert plan is not None, "asked for in needs()"
-        rows = page_rows(cache)
-        if rows == 0:
+        layout: _Layout | None = inputs.memo.layout or self._new_layout(inputs, out, lse)
+        if layout is None:
             self._portable.run(self._metadata, inputs, out, lse, softmax_scale)
             return
-        stride_slot = _outer_strides(cache)[1]
+        plan, partials, cache = self._metadata.split_plan, self._partial_tensors, inputs.kv_cache
+        assert plan is not None, "asked for in needs()"
+        q_desc, kv_desc = layout.q_desc, layout.kv_desc
+        q_desc.base, kv_desc.base = self._dense(inputs.q) if layout.copied_q else inputs.q, cache
+        layout.decode(
+            q_desc, kv_desc, cache, plan.table_header, plan.part_indptr, plan.items, out, lse, *partials,
+            self._metadata.status.words, softmax_scale, *layout.sizes, self._rows, *layout.results,
+        )  # fmt: skip
+        layout.combine(plan.token_slots, *partials, out, lse, self._shape.heads, self._rows, *layout.results)
+        q_desc.base = kv_desc.base = None  # a kept one would outlive the tensor
+
+    def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> _Layout | None:
+        """The layout of a call that is like none before, remembered once both kernels are compiled; None for a cache
+        that TMA cannot read.
+
+        Raises GraphCaptureError where a capture could not take a launch: it must not begin with a decode whose combine
+        it cannot take, or with a copy of q.
+        """
+        q, cache = inputs.q, inputs.kv_cache
+        rows = page_rows(cache)
+        if rows == 0:
+            return None
+        tokens, stride_slot = q.shape[0], _outer_strides(cache)[1]
         results = (*_outer_strides(out), *lse.stride())
         key = (q.device.index, q.stride(), stride_slot, results, alignment(q, cache, out, lse))
-        self._decode.ready(key)  # before the copy of q
-        self._combine.ready(key, q.shape[0])  # a capture must not begin with a decode whose combine it cannot take
-        self._decode(
-            key, self._grid,
-            self._query_rows(q), _cache_rows(cache, rows), cache, plan.table_header, plan.part_indptr, plan.items,
-            out, lse, *self._partial_tensors, self._metadata.status.words, softmax_scale, q.shape[0], rows, stride_slot,
-            self._rows, *results,
-        )  # fmt: skip
-        self._combine(key, plan.token_slots, self._partial_tensors, out, lse, self._rows, results)
+        decode, combine = self._decode.at(key, self._grid), self._combine.at(key, tokens)
+        copied = not _is_rows(q)
+        q_desc, kv_desc = self._query_rows(self._dense(q) if copied else q), _cache_rows(cache, rows)
+        layout = _Layout(q_desc, kv_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
+        if decode is self._decode.at(key, self._grid) and combine is self._combine.at(key, tokens):
+            inputs.memo.layout = layout  # a first launch, which compiles, is another each time
+        return layout
 
     def decode_constants(self) -> dict[str, Any]:
         """Constants and options of the decode kernel's launch."""
@@ -120,22 +139,41 @@ class Sm90Runner:
         }  # fmt: skip
 
     def _query_rows(self, q: Tensor) -> TensorDescriptor:
-        """q as [tokens * heads, width]; copied where its strides do not allow that."""
-        tokens, heads, width = q.shape
-        stride_token, stride_head = _outer_strides(q)
-        if (stride_token != heads * stride_head and tokens > 1) or not _aligned(q, stride_head):
-            if self._dense_q is None:
-                most = self._capacity.max_query_tokens
-                self._dense_q = torch.empty(most, heads, width, dtype=q.dtype, device=q.device)
-            q = self._dense_q[:tokens].copy_(q)
-            stride_head = width
-        return _rows_of(q, tokens * heads, stride_head, self._query_box)
+        """q as [tokens * heads, width]."""
+        tokens, heads, _ = q.shape
+        return _rows_of(q, tokens * heads, _outer_strides(q)[1], self._query_box)
+
+    def _dense(self, q: Tensor) -> Tensor:
+        """A copy of queries whose strides TMA cannot follow."""
+        if self._dense_q is None:
+            shape = (self._capacity.max_query_tokens, *q.shape[1:])
+            self._dense_q = torch.empty(shape, dtype=q.dtype, device=q.device)
+        return self._dense_q[: q.shape[0]].copy_(q)
+
+
+class _Layout(NamedTuple):
+    """What calls that are alike share. Their descriptors are of no tensor but during a call."""
+
+    q_desc: TensorDescriptor
+    kv_desc: TensorDescriptor
+    copied_q: bool
+    decode: Callable[..., None]
+    combine: Callable[..., None]
+    sizes: tuple[int, int, int]  # query tokens, cache rows from page to page, stride of a slot
+    results: tuple[int, ...]  # outer strides of out and lse
 
 
 def _outer_strides(tensor: Tensor) -> tuple[int, int]:
     """Strides of the outer two of three dimensions; of a dimension of one, what a dense tensor's would be."""
     stride_head = tensor.stride(1) if tensor.shape[1] > 1 else tensor.shape[2]
     return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1] * stride_head, stride_head
+
+
+def _is_rows(q: Tensor) -> bool:
+    """Whether TMA can see all heads of all tokens as rows of one matrix."""
+    tokens, heads, _ = q.shape
+    stride_token, stride_head = _outer_strides(q)
+    return (stride_token == heads * stride_head or tokens <= 1) and _aligned(q, stride_head)
 
 
 def _aligned(tensor: Tensor, *strides: int) -> bool:
@@ -156,5 +194,5 @@ def _cache_rows(cache: Tensor, step: int) -> TensorDescriptor:
 
 
 def _rows_of(tensor: Tensor, rows: int, stride: int, box: int) -> TensorDescriptor:
-    """Descriptor of a matrix of `rows` rows, made anew for each call: a kept one would outlive the tensor."""
+    """Descriptor of a matrix of `rows` rows."""
     return TensorDescriptor(tensor, [rows, tensor.shape[-1]], [stride, 1], [box, BLOCK], LAYOUT)
