@@ -50,6 +50,7 @@ class MLAAttention:
     ) -> None:
         self._settings = settings = Settings.from_env() if settings is None else settings
         self._device = _indexed(torch.device(device))
+        self._on_gpu = self._device.type == "cuda"
         arch = arch_of(self._device)
         deterministic = deterministic or settings.deterministic
         self.request = Request(
@@ -64,6 +65,7 @@ class MLAAttention:
         self._buffers = self._new_buffers()
         self._most_pages = self._planned_pages = capacity.max_pages  # that page ids may name; those of this plan
         self._batch: PagedBatch | None = None
+        self._tokens: int | None = None  # that q must have: of a uniform batch
         self._versioned: tuple[Tensor, ...] = ()  # the batch's tensors that count writes in place
         self._versions: list[int] = []  # their counts at the latest plan
         self._known_batch: tuple[object, ...] = ()  # what passed the latest check of a batch
@@ -121,6 +123,7 @@ class MLAAttention:
         self._describe(batch, self._most_pages)
         self._batch, self._versioned = batch, _versioned(batch)
         self._versions = [tensor._version for tensor in self._versioned]
+        self._tokens = batch.size * batch.max_query_len if batch.query_lens is None else None
 
     def _describe(self, batch: PagedBatch, pages: int) -> None:
         """Write the metadata, for page ids below `pages`."""
@@ -179,7 +182,7 @@ class MLAAttention:
 
     def _note_capture(self) -> bool:
         """Whether the current stream is being captured; raises GraphCaptureError where that could not be replayed."""
-        if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        if not self._on_gpu or not torch.cuda.is_current_stream_capturing():
             return False
         if not self._settings.persistent_metadata:
             raise GraphCaptureError(
@@ -221,18 +224,17 @@ class MLAAttention:
         *, ours: bool = False,
     ) -> None:  # fmt: skip
         """What the op `decode_planned` does. ours: out and lse are `result_tensors`' own."""
-        batch = self._planned_batch()
+        self._check_planned()
         capturing = self._note_capture()
         memo = self._calls.memo(q, kv_cache, out, lse, ours=ours)
-        pages = kv_cache.shape[0]
+        tokens, pages = q.shape[0], kv_cache.shape[0]
         if pages < self._planned_pages:
             self._plan_for_pages(pages, capturing)
-        tokens, tokens_given = batch.size * batch.max_query_len, q.shape[0]
-        if batch.query_lens is None and tokens_given != tokens:
-            raise PlanMismatch("query tokens", tokens, tokens_given, "A uniform batch has max_query_len a request")
+        if tokens != self._tokens and self._tokens is not None:
+            raise PlanMismatch("query tokens", self._tokens, tokens, "A uniform batch has max_query_len a request")
         if kv_scale is not None or self._scaled:
             check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache)
-        if tokens_given:
+        if tokens:
             with on_device_of(q):
                 inputs = DecodeInputs(q, kv_cache, memo)
                 self._runner.run(inputs, out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
@@ -250,13 +252,12 @@ class MLAAttention:
             )
         self._describe(self._batch, pages)
 
-    def _planned_batch(self) -> PagedBatch:
+    def _check_planned(self) -> None:
         if self._batch is None:
             raise PlanMismatch("plan", "nothing", "a call", "Call plan(batch) first")
         if [tensor._version for tensor in self._versioned] != self._versions:
             hint = "Call plan(batch) after changing lengths or tables in place"
             raise PlanMismatch("batch", "the tensors as they were", "changed tensors", hint)
-        return self._batch
 
 
 def _indexed(device: torch.device) -> torch.device:
