@@ -13,7 +13,7 @@ from portable_mla.shape import Phase, Request
 
 class CallMemo:
     """What a runner has worked out for calls whose inputs and results have the same shapes, strides, dtypes, device and
-    alignment to 16 bytes: numbers and launches, for it keeps no tensor of a caller. None before the runner says so."""
+    alignment: numbers and launches, for it keeps no tensor of a caller. None before the runner says so."""
 
     __slots__ = ("layout",)
 
@@ -23,11 +23,16 @@ class CallMemo:
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """One layer's inputs of a decode step. memo: the same one for calls that are alike."""
+    """One layer's inputs of a decode step. memo: the same one for calls that are alike, if they are told apart."""
 
     q: Tensor  # [tokens, heads, latent + rope]
     kv_cache: Tensor  # [pages, page_size, row_width], any outer strides
-    memo: CallMemo = field(default_factory=CallMemo, compare=False)
+    memo: CallMemo | None = field(default=None, compare=False)
+
+    def remember(self, layout: object) -> None:
+        """For the calls that are like this one."""
+        if self.memo is not None:
+            self.memo.layout = layout
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def test_an_odd_cache_gets_a_plan_of_its_own_on_first_need_and_each_step_from_th
     monkeypatch.setattr(
         SplitPlan, "update", lambda self, batch, status, page_size, max_pages: planned.append(max_pages)
     )
-    monkeypatch.setattr(TritonRunner, "run", lambda *_, **__: None)
+    memos: list[CallMemo | None] = []
+    monkeypatch.setattr(TritonRunner, "run", lambda self, inputs, *_, **__: memos.append(inputs.memo))
     path = sm90_portable.PortablePath(REQUEST, Tile(64, 64, 8, 2))
     problem = build(Case((70, 5), heads=128, page_size=64))
     metadata = DecodeMetadata(problem.batch, Status.allocate(torch.device("cpu")))
@@ -132,7 +133,8 @@ def test_an_odd_cache_gets_a_plan_of_its_own_on_first_need_and_each_step_from_th
     path.plan(metadata)
     assert (planned, path.memory()) == ([], {})
     for _ in range(2):
-        path.run(metadata, problem.inputs, out, lse, 1.0)
+        path.run(metadata, replace(problem.inputs, memo=CallMemo()), out, lse, 1.0)
+    assert memos == [None, None], "a memo is of one runner"
     pages = problem.kv_cache.shape[0]
     assert planned == [pages], "two layers share a plan"
     path.plan(metadata)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from portable_mla.backend import CallMemo, DecodeInputs
 from portable_mla.backends.vendor.layout import new_layout
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.launch import KernelLaunch
@@ -151,10 +152,11 @@ def test_a_layout_is_remembered_once_its_finishing_kernel_is_compiled(monkeypatc
     step = Step(request("sm90"), table=False)
     step.buffers = step._allocate(torch.device("cpu"))
     problem = build(UNIFORM)
-    inputs, out, lse = problem.inputs, problem.q[..., :512].contiguous(), torch.zeros(3, 16)
+    memo, out, lse = CallMemo(), problem.q[..., :512].contiguous(), torch.zeros(3, 16)
+    inputs = DecodeInputs(problem.q, problem.kv_cache, memo)
     first = new_layout("a library", step, inputs, out, lse, in_place=True)
-    assert inputs.memo.layout is None
+    assert memo.layout is None
     first.finish(VendorRows(lse, (16, 16, 1), 1), out, lse)
     second = new_layout("a library", step, inputs, out, lse, in_place=True)
-    assert inputs.memo.layout is second
+    assert memo.layout is second
     assert (second.tokens, second.copied_q, second.in_place) == (3, False, True)

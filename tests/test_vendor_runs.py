@@ -13,7 +13,7 @@ import torch
 
 from portable_mla import BackendError, NoBackend, arch_named, select
 from portable_mla.arguments import DecodeArguments
-from portable_mla.backend import DecodeInputs, decode_runner
+from portable_mla.backend import CallMemo, DecodeInputs, decode_runner
 from portable_mla.metadata import DecodeBuffers, Limits, Status
 from tests import acceptance
 from tests import fake_libraries as fakes
@@ -88,7 +88,7 @@ class Bound:
 
     def run(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         """Run into results full of NaN, twice: the second call knows what the first has worked out."""
-        inputs = problem.inputs
+        inputs = replace(problem.inputs, memo=CallMemo())
         first, second = [
             (
                 torch.full_like(problem.q[..., : problem.latent_dim], torch.nan),
@@ -187,11 +187,11 @@ def test_what_a_call_is_remembered_by_holds_no_tensor_of_it(here: Machine, libra
     problem = build(CASES[0])
     bound = Bound(arch, backend, problem)
     bound.step(problem)
-    inputs = DecodeInputs(problem.q.clone(), problem.kv_cache.clone())
+    inputs = DecodeInputs(problem.q.clone(), problem.kv_cache.clone(), CallMemo())
     out, lse = bound.run(problem)
     bound.runner.run(inputs, out, lse, softmax_scale=problem.softmax_scale)
     memo, kept = inputs.memo, [weakref.ref(tensor) for tensor in (inputs.q, inputs.kv_cache, out, lse)]
-    assert memo.layout is not None
+    assert memo is not None and memo.layout is not None
     del inputs, out, lse
     assert [tensor() for tensor in kept] == [None] * 4
 

@@ -49,7 +49,8 @@ class PortablePath:
             self._pages = min(self._pages, pages)
             self._update(metadata)
         assert self._runner is not None, "made by the update"
-        self._runner.run(inputs, out, lse, softmax_scale=softmax_scale)
+        own = DecodeInputs(inputs.q, inputs.kv_cache)  # what is remembered of the call is the other runner's
+        self._runner.run(own, out, lse, softmax_scale=softmax_scale)
 
     def memory(self) -> dict[str, int]:
         """Bytes of its plan and partial results, once there."""

@@ -88,7 +88,7 @@ class Sm90Runner:
         """Two launches: split decode, and the combine that also defines rows without work."""
         assert self._metadata is not None and self._partial_tensors is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
-        layout: _Layout | None = inputs.memo.layout or self._new_layout(inputs, out, lse)
+        layout: _Layout | None = (inputs.memo and inputs.memo.layout) or self._new_layout(inputs, out, lse)
         if layout is None:
             self._portable.run(self._metadata, inputs, out, lse, softmax_scale)
             return
@@ -122,7 +122,7 @@ class Sm90Runner:
         q_desc, kv_desc = self._query_rows(self._dense(q) if copied else q), _cache_rows(cache, rows)
         layout = _Layout(q_desc, kv_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
         if decode is self._decode.at(key, self._grid) and combine is self._combine.at(key, tokens):
-            inputs.memo.layout = layout  # a first launch, which compiles, is another each time
+            inputs.remember(layout)  # a first launch, which compiles, is another each time
         return layout
 
     def decode_constants(self) -> dict[str, Any]:
