@@ -66,22 +66,13 @@ class Combine:
             kind: KernelLaunch(combine_kernel, constants) for kind, constants in self.constants.items()
         }  # fmt: skip
 
-    def ready(self, key: Hashable, tokens: int) -> None:
-        """Raises GraphCaptureError where a capture could not take the launch: ask before the decode is launched."""
-        self._launches[self._kind(tokens)].ready(key)
-
     def at(self, key: Hashable, tokens: int) -> Callable[..., None]:
-        """A launch for so many tokens, to be given the arguments before the constants. Raises as `ready` does."""
+        """A launch for so many tokens, to be given the arguments before the constants.
+
+        Raises GraphCaptureError where a capture could not take it: ask before the decode is launched.
+        """
         kind = self._kind(tokens)
         return self._launches[kind].at(key, (tokens, self._programs[kind]))
-
-    def __call__(
-        self, key: Hashable, token_slots: Tensor, partials: tuple[Tensor, Tensor], out: Tensor, lse: Tensor,
-        max_rows: int, strides: tuple[int, ...],
-    ) -> None:  # fmt: skip
-        """Launch for the tokens of `out`. strides: out's outer two and lse's."""
-        launch = self.at(key, out.shape[0])
-        launch(token_slots, *partials, out, lse, self._request.shape.heads, max_rows, *strides)
 
     def _kind(self, tokens: int) -> str:
         shape = self._request.shape

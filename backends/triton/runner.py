@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from portable_mla.backends.triton.combine import Combine, Partials
 from portable_mla.backends.triton.decode_kernels import decode_kernel
 from portable_mla.backends.triton.tile import Tile, amd_options, count_parts, query_block, row_tiles
 from portable_mla.cache_format import CacheFormat
+from portable_mla.device import built_for_amd
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.metadata.split_plan import PlanShape
@@ -50,6 +52,25 @@ def float8_conversion(request: Request) -> str | None:
     if request.arch.converts(dtype):
         return "hardware"
     return "e4m3fnuz" if dtype == torch.float8_e4m3fnuz else "e4m3"
+
+
+class _Layout(NamedTuple):
+    """What calls that are alike share. Its descriptors are of no cache but during a call: they would outlive it."""
+
+    descriptors: tuple[TensorDescriptor | None, TensorDescriptor | None]
+    decode: Callable[..., None]
+    combine: Callable[..., None]
+    sizes: tuple[int, int]  # query tokens and pages
+    strides: tuple[int, ...]  # outer ones of q and the cache
+    results: tuple[int, ...]  # of out and lse
+    apart: tuple[bool | None, ...]
+
+    def describe(self, cache: Tensor | None) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+        """The descriptors, of this cache from now on."""
+        for descriptor in self.descriptors:
+            if descriptor is not None:
+                descriptor.base = cache
+        return self.descriptors
 
 
 class TritonRunner:
@@ -93,19 +114,38 @@ class TritonRunner:
         assert self._metadata is not None and self._partials is not None, "run before plan"
         q, cache, plan = inputs.q, self._as_read(inputs.kv_cache), self._metadata.split_plan
         assert plan is not None, "asked for in needs()"
-        latent_desc, rope_desc = self._descriptors(cache)
-        decode = self._launches["descriptor" if latent_desc is not None else self._gathered(cache)]
-        results = (*out.stride()[:2], *lse.stride())
-        strides = (*q.stride()[:2], *cache.stride()[:2], *results)
-        key = (q.device.index, strides, alignment(q, cache, kv_scale, out, lse))
-        self.combine.ready(key, q.shape[0])  # a capture must not begin with a decode whose combine it cannot take
-        decode(
-            key, self._grid,
+        # What a memo does not tell apart: the scale's address and, on AMD, where storages end.
+        apart = alignment(*((q, cache, kv_scale, out, lse) if built_for_amd() else (kv_scale,)))
+        layout: _Layout | None = inputs.memo.layout if inputs.memo else None
+        if layout is None or layout.apart != apart:
+            layout = self._new_layout(inputs, kv_scale, out, lse, apart)
+        latent_desc, rope_desc = layout.describe(cache)
+        layout.decode(
             q, cache, kv_scale, latent_desc, rope_desc, plan.table_header, plan.part_indptr, plan.items, out, lse,
-            *self._partials, self._metadata.status.words, softmax_scale, q.shape[0], cache.shape[0], self._rows,
-            *strides,
+            *self._partials, self._metadata.status.words, softmax_scale, *layout.sizes, self._rows, *layout.strides,
+            *layout.results,
         )  # fmt: skip
-        self.combine(key, plan.token_slots, self._partials, out, lse, self._rows, results)
+        layout.combine(plan.token_slots, *self._partials, out, lse, self._shape.heads, self._rows, *layout.results)
+        layout.describe(None)
+
+    def _new_layout(
+        self, inputs: DecodeInputs, kv_scale: Tensor | None, out: Tensor, lse: Tensor, apart: tuple[bool | None, ...]
+    ) -> _Layout:
+        """The layout of a call that is like none before, remembered once both kernels are compiled.
+
+        Raises GraphCaptureError where a capture could not take a launch: it must not begin with a decode whose combine
+        it cannot take.
+        """
+        q, cache = inputs.q, self._as_read(inputs.kv_cache)
+        tokens, descriptors = q.shape[0], self._descriptors(cache)
+        launches = self._launches["descriptor" if descriptors[0] is not None else self._gathered(cache)]
+        strides, results = (*q.stride()[:2], *cache.stride()[:2]), (*out.stride()[:2], *lse.stride())
+        key = (q.device.index, strides, results, alignment(q, cache, kv_scale, out, lse))
+        decode, combine = launches.at(key, self._grid), self.combine.at(key, tokens)
+        layout = _Layout(descriptors, decode, combine, (tokens, cache.shape[0]), strides, results, apart)
+        if decode is launches.at(key, self._grid) and combine is self.combine.at(key, tokens):
+            inputs.remember(layout)  # a first launch, which compiles, is another each time
+        return layout
 
     def _bind_launches(self, debug: bool) -> dict[str, KernelLaunch]:
         options = {"debug": True} if debug else {}
@@ -126,7 +166,7 @@ class TritonRunner:
         return cache.view(torch.uint8) if is_bits else cache
 
     def _descriptors(self, cache: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-        """Descriptors of the latent and the rope columns, made anew for each call: a kept one would outlive the cache.
+        """Descriptors of the latent and the rope columns.
 
         None where the tile gathers, or where the cache's address or strides are not multiples of 16 bytes.
         """

@@ -57,7 +57,8 @@ def assert_merged_as_defined(arch: str, kind: str, dtype: torch.dtype) -> None:
     out = torch.full((len(PIECES), HEADS, LATENT), 7.0)
     lse = torch.full((len(PIECES), HEADS), 7.0)
     with patch.object(combine, "_kind", lambda tokens: kind):
-        combine("key", slots, partials, out, lse, sizes.rows, (*out.stride()[:2], *lse.stride()))
+        launch = combine.at("key", len(PIECES))
+        launch(slots, *partials, out, lse, HEADS, sizes.rows, *out.stride()[:2], *lse.stride())
     for token, count in enumerate(PIECES):
         low, high = slots[token, :2].tolist()
         if count == -2:

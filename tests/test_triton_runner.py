@@ -1,0 +1,120 @@
+"""What the portable runner launches, and what calls that are alike share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from portable_mla.backend import CallMemo, DecodeInputs
+from portable_mla.cache_format import CacheFormat
+from portable_mla.launch import KernelLaunch
+from portable_mla.metadata import DecodeMetadata, Status
+from tests.cases import Case, Problem, build
+from tests.vendor_machine import request, shape
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+from portable_mla.backends.triton import runner as runner_module
+from portable_mla.backends.triton.runner import TritonRunner
+from portable_mla.backends.triton.tile import Tile
+from portable_mla.metadata.split_plan import SplitPlan
+
+CPU = torch.device("cpu")
+POINTERS, DESCRIPTORS = Tile(16, 64, 4, 3), Tile(16, 64, 4, 3, "descriptor")
+
+
+class _Instant:
+    """A compiled kernel that notes what it is launched with."""
+
+    def __init__(self, name: str, names: list[str], launched: list[tuple[str, dict[str, Any]]]) -> None:
+        self.name, self.names, self.launched = name, names, launched
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*arguments: Any) -> None:
+            # A descriptor is of another cache in the next call.
+            now = [value if isinstance(value, Tensor) else copy.copy(value) for value in arguments]
+            self.launched.append((self.name, dict(zip(self.names, now, strict=True))))
+
+        return launch
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Launches, by kernel and argument; the first of each key compiles, and is none."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def first(self: KernelLaunch, key: Hashable, grid: object, *arguments: Any) -> None:
+        self._compiled[key] = _Instant(self._kernel.__name__, self._kernel.arg_names, found)
+
+    monkeypatch.setattr(KernelLaunch, "_first", first)
+    return found
+
+
+def planned(tile: Tile, problem: Problem, cache_format: CacheFormat = CacheFormat.bf16) -> tuple[TritonRunner, Any]:
+    """A runner of Hopper's with a plan for the problem."""
+    runner = TritonRunner(replace(request("sm90"), shape=shape(cache_format=cache_format)), tile)
+    metadata = DecodeMetadata(problem.batch, Status.allocate(CPU), SplitPlan.allocate(runner.plan_shape, CPU))
+    runner.plan(metadata)
+    return runner, metadata
+
+
+@pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=lambda tile: tile.loads)
+def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(
+    tile: Tile, launched: list[tuple[str, dict[str, Any]]]
+) -> None:
+    problem, memo = build(Case((70, 5), heads=16, page_size=64)), CallMemo()
+    runner, metadata = planned(tile, problem)
+    for call in range(4):
+        q, cache = problem.q.clone(), problem.kv_cache.clone()
+        out, lse = torch.empty_like(q[..., :512]), torch.zeros(q.shape[:2])
+        runner.run(DecodeInputs(q, cache, memo), out, lse, softmax_scale=0.5 * call)
+        assert (memo.layout is None) == (call == 0), "the first launches compile"
+        if call:
+            (decode, given), (combine, merged) = launched[-2:]
+            assert (decode, combine) == ("decode_kernel", "combine_kernel")
+            assert given["q_ptr"] is q and given["softmax_scale"] == 0.5 * call
+            assert given["out_ptr"] is merged["out_ptr"] is out and given["lse_ptr"] is merged["lse_ptr"] is lse
+            assert merged["token_slots_ptr"] is metadata.split_plan.token_slots
+            described = [value.base for value in given.values() if hasattr(value, "block_shape")]
+            assert all(base is cache for base in described) and len(described) == 2 * (tile is DESCRIPTORS)
+    assert len(launched) == 6
+    assert all(descriptor is None or descriptor.base is None for descriptor in memo.layout.descriptors)
+
+
+def test_a_scale_at_another_alignment_is_another_layout(launched: list[tuple[str, dict[str, Any]]]) -> None:
+    problem, memo = build(Case((70, 5), heads=16, page_size=64)), CallMemo()
+    runner, _ = planned(POINTERS, problem, CacheFormat.fp8_e4m3)
+    scales = torch.ones(8)
+    inputs = DecodeInputs(problem.q, problem.kv_cache.to(torch.float8_e4m3fn), memo)
+    layouts = []
+    for scale in (scales[0], scales[0], scales[4], scales[1], scales[1]):
+        out, lse = torch.empty_like(problem.q[..., :512]), torch.zeros(problem.q.shape[:2])
+        runner.run(inputs, out, lse, softmax_scale=0.1, kv_scale=scale)
+        layouts.append(memo.layout)
+    assert layouts[0] is None and layouts[1] is not None
+    assert layouts[2] is layouts[1], "16 bytes further"
+    assert layouts[4] is not layouts[1], "4 bytes further"
+
+
+def test_on_amd_where_a_storage_ends_is_asked_again(
+    launched: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "built_for_amd", lambda: True)
+    ends: list[bool] = [True]
+    monkeypatch.setattr(runner_module, "alignment", lambda *tensors: (len(tensors) == 5, *ends))
+    problem, memo = build(Case((70, 5), heads=16, page_size=64)), CallMemo()
+    runner, _ = planned(POINTERS, problem)
+    out, lse = torch.empty_like(problem.q[..., :512]), torch.zeros(problem.q.shape[:2])
+    layouts = []
+    for end in (True, True, True, False, False):
+        ends[:] = [end]
+        runner.run(DecodeInputs(problem.q, problem.kv_cache, memo), out, lse, softmax_scale=0.1)
+        layouts.append(memo.layout)
+    assert layouts[1] is layouts[2] and layouts[4] is not layouts[2]
+    assert layouts[4].apart == (True, False)
