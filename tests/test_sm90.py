@@ -104,7 +104,7 @@ def test_a_unit_of_a_ragged_batch_fills_the_row_tiles_that_one_token_needs(heads
     backend = load("gluon", "nvidia")
     shape = backend.needs(request).split_plan
     assert shape is not None
-    assert (shape.block_q, shape.block_n) == (block_q, 128)
+    assert (shape.block_q, shape.block_n) == (block_q, 64)
     assert shape.parts == 132 // -(-heads * block_q // 64)
     assert -(-heads * block_q // 64) == -(-heads // 64), "no more row tiles than one token's heads need"
     whole = backend.needs(replace(request, uniform_queries=True)).split_plan

@@ -7,6 +7,7 @@ Each role is a generator that follows its function in sm90_warpgroup_kernels.py 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,19 +28,45 @@ def scores(room: Room, item: int, key: object, count: int, keys: tuple[str, str]
         yield room.begin(buffer, key)
 
 
+def take_query(room: Room, item: int) -> Role:
+    """wait_query."""
+    yield room.wait("weights1", item + 1)
+    yield room.begin("weights1", ("q", item))
+    yield room.end("weights1")
+    for half in QUERY:
+        yield room.wait(half, item + 1)
+
+
+def weigh_even(room: Room, key: object) -> Role:
+    """The even block's weights, and the left warpgroup's product with them."""
+    yield room.write("max0", key)
+    yield room.write("weights0", key)
+    yield room.arrive("weights0")
+    yield room.begin("left0", key)
+    yield room.end("left0")
+    yield room.arrive("free_left0")
+
+
 def left(room: Room, items: list[int]) -> Role:
-    """left_warpgroup: `items` holds pairs."""
+    """left_warpgroup: `items` holds blocks."""
     count = 0
-    for item, pairs in enumerate(items):
+    for item, blocks in enumerate(items):
+        pairs, lone = divmod(blocks, 2)
+        yield from take_query(room, item)
+        if lone:
+            count += 1
+            key: tuple[int, object] = (item, "lone")
+            yield from scores(room, item, key, count, ("left0", "right0"))
+            for buffer in (*QUERY, "left0", "right0"):
+                yield room.end(buffer)
+            if not pairs:
+                yield room.arrive("query")
+            yield from weigh_even(room, key)
+            if room.fault != "no meeting":
+                yield from room.meet("left", "weights1", COMPUTE)
         for pair in range(pairs):
             count += 1
             key = (item, pair)
-            if pair == 0:
-                yield room.wait("weights1", item + 1)
-                yield room.begin("weights1", ("q", item))
-                yield room.end("weights1")
-                for half in QUERY:
-                    yield room.wait(half, item + 1)
             yield from scores(room, item, key, count, ("left0", "right0"))
             if pair:  # the product of the pair before is waited for behind the first scores
                 yield room.end("weights1")
@@ -49,21 +76,17 @@ def left(room: Room, items: list[int]) -> Role:
                 yield room.end(buffer)
             if pair == pairs - 1:
                 yield room.arrive("query")
-            yield room.write("max0", key)
-            yield room.write("weights0", key)
-            yield room.arrive("weights0")
-            yield room.begin("left0", key)
-            yield room.end("left0")
-            yield room.arrive("free_left0")
+            yield from weigh_even(room, key)
             yield from room.meet("left", "weights1", COMPUTE)
             yield room.begin("max1", key)
             yield room.end("max1")
             yield room.begin("weights1", key)
             yield room.begin("left1", key)
+        if pairs:
+            yield room.end("weights1")
+            yield room.end("left1")
+            yield room.arrive("free_left1")
         yield room.write("sum0", item)
-        yield room.end("weights1")
-        yield room.end("left1")
-        yield room.arrive("free_left1")
         yield room.write("peak0", item)
         yield room.arrive("weights0")
         yield from room.meet("left", "weights1", COMPUTE)
@@ -75,16 +98,28 @@ def left(room: Room, items: list[int]) -> Role:
 def right(room: Room, items: list[int]) -> Role:
     """right_warpgroup."""
     count = 0
-    for item, pairs in enumerate(items):
+    for item, blocks in enumerate(items):
+        pairs, lone = divmod(blocks, 2)
+        if lone:
+            key: tuple[int, object] = (item, "lone")
+            yield from room.meet("right", "weights0", COMPUTE)
+            if not pairs:
+                yield room.arrive("query")
+            for buffer in ("max0", "weights0", "right0"):
+                yield room.begin(buffer, key)
+                yield room.end(buffer)
+            yield room.arrive("free_right0")
+            if room.fault != "no meeting":
+                yield room.arrive("weights1")
+        elif pairs:  # zeroes the tail of the last odd block, of both halves
+            for buffer in ("left1", "right1"):
+                yield room.wait(buffer, count + 1)
+                yield room.write(buffer, (item, 0))
+        if pairs:
+            yield from take_query(room, item)
         for pair in range(pairs):
             count += 1
             key = (item, pair)
-            if pair == 0:
-                yield room.wait("weights1", item + 1)
-                yield room.begin("weights1", ("q", item))
-                yield room.end("weights1")
-                for half in QUERY:
-                    yield room.wait(half, item + 1)
             yield from scores(room, item, key, count, ("right1", "left1"))
             yield from room.meet("right", "weights0", COMPUTE)
             yield room.begin("max0", key)
@@ -119,50 +154,67 @@ def right(room: Room, items: list[int]) -> Role:
             yield room.end(buffer)
 
 
+def steps(items: list[int]) -> Iterator[tuple[int, int, object, int | None]]:
+    """What a loader does at each step: the item, the step, the even block and the pair whose odd block it loads."""
+    for item, blocks in enumerate(items):
+        pairs, lone = divmod(blocks, 2)
+        for step in range(pairs + lone):
+            loads_odd = not lone or step > 1 or (step == 0 and pairs > 0)
+            odd = step - lone if step else 0
+            yield item, step, "lone" if lone and step == 0 else step - lone, odd if loads_odd else None
+
+
 def load_left(room: Room, items: list[int]) -> Role:
     """load_left."""
-    used = False
-    for item, pairs in enumerate(items):
-        for pair in range(pairs):
-            if pair == 0:
-                if used:
-                    yield from room.meet("load_left", "query", LOADER)
-                yield room.load("query0", item)
-                if not used:
-                    yield room.load("weights1", ("q", item))
-            if used and not (room.fault == "no wait" and pair == 2):
-                yield from room.meet("load_left", "free_left0", LOADER)
-            yield room.load("left0", (item, pair))
-            if used:
-                yield from room.meet("load_left", "free_left1", LOADER)
-                if pair == 0:
-                    yield room.load("weights1", ("q", item))
-            else:
+    even_used = odd_used = False
+    for item, step, even, odd in steps(items):
+        if step == 0:
+            if even_used:
+                yield from room.meet("load_left", "query", LOADER)
+            yield room.load("query0", item)
+            if not even_used:
+                yield room.load("weights1", ("q", item))
+        if even_used and not (room.fault == "no wait" and step == 2):
+            yield from room.meet("load_left", "free_left0", LOADER)
+        yield room.load("left0", (item, even))
+        if odd_used and (step == 0 or odd is not None):
+            yield from room.meet("load_left", "free_left1", LOADER)
+            odd_used = False
+        if step == 0 and even_used:
+            yield room.load("weights1", ("q", item))
+        if odd is not None:
+            if not even_used:
                 yield room.wait("query0", 1)
-            yield room.load("left1", (item, pair))
-            used = True
-    for barrier in ("query", "free_left0", "free_left1") if used else ():
-        yield from room.meet("load_left", barrier, LOADER)
+            yield room.load("left1", (item, odd))
+            odd_used = True
+        even_used = True
+    for barrier, used in (("query", even_used), ("free_left0", even_used), ("free_left1", odd_used)):
+        if used:
+            yield from room.meet("load_left", barrier, LOADER)
 
 
 def load_right(room: Room, items: list[int]) -> Role:
     """load_right."""
-    used = False
-    for item, pairs in enumerate(items):
-        for pair in range(pairs):
-            if pair == 0:
-                if used:
-                    yield from room.meet("load_right", "query", LOADER)
-                yield room.load("query1", item)
-            for block in ("0", "1"):
-                if used:
-                    yield from room.meet("load_right", f"free_right{block}", LOADER)
-                elif block == "1":
-                    yield room.wait("query1", 1)
-                yield room.load(f"right{block}", (item, pair))
-            used = True
-    for barrier in ("query", "free_right0", "free_right1") if used else ():
-        yield from room.meet("load_right", barrier, LOADER)
+    even_used = odd_used = False
+    for item, step, even, odd in steps(items):
+        if step == 0:
+            if even_used:
+                yield from room.meet("load_right", "query", LOADER)
+            yield room.load("query1", item)
+        if even_used:
+            yield from room.meet("load_right", "free_right0", LOADER)
+        yield room.load("right0", (item, even))
+        if odd is not None:
+            if odd_used:
+                yield from room.meet("load_right", "free_right1", LOADER)
+            elif not even_used:
+                yield room.wait("query1", 1)
+            yield room.load("right1", (item, odd))
+            odd_used = True
+        even_used = True
+    for barrier, used in (("query", even_used), ("free_right0", even_used), ("free_right1", odd_used)):
+        if used:
+            yield from room.meet("load_right", barrier, LOADER)
 
 
 def decode(rng: random.Random, items: list[int], fault: str = "") -> None:
@@ -172,23 +224,23 @@ def decode(rng: random.Random, items: list[int], fault: str = "") -> None:
 
 
 def shapes(rng: random.Random) -> list[int]:
-    """Pairs of each item of a part."""
-    return [rng.choice((1, 1, 2, 3, 5)) for _ in range(rng.randint(0, 4))]
+    """Blocks of each item of a part."""
+    return [rng.choice((1, 1, 2, 2, 3, 4, 5, 6, 9)) for _ in range(rng.randint(0, 4))]
 
 
 def test_no_interleaving_deadlocks_or_races() -> None:
-    for seed in range(1500):
+    for seed in range(2000):
         rng = random.Random(seed)
         decode(rng, shapes(rng))
 
 
-@pytest.mark.parametrize("fault", ["early release", "arrive before meeting", "no wait"])
+@pytest.mark.parametrize("fault", ["early release", "arrive before meeting", "no wait", "no meeting"])
 def test_a_seeded_fault_is_caught(fault: str) -> None:
     caught = 0
     for seed in range(300):
         rng = random.Random(seed)
         try:
-            decode(rng, [3, 1, 3], fault)
+            decode(rng, [6, 1, 7], fault)
         except Fault:
             caught += 1
     assert caught, f"{fault} went unnoticed"

@@ -25,6 +25,7 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
 )
 
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
+EVEN_USED, ODD_USED = gl.constexpr(1), gl.constexpr(2)
 
 
 @gluon.jit
@@ -69,25 +70,22 @@ def _load_box(kv_desc, coordinates, full, tile, once):
 
 
 @gluon.jit
-def _load_tile(kv_desc, rows, column, full, tile, exists, once, PAGE_SIZE: gl.constexpr):
-    """64 columns of a block. A block behind the item's end is not loaded: its barrier is told to expect nothing."""
-    if exists:
-        mbarrier.expect(full, TILE_BYTES)
-        if PAGE_SIZE >= BLOCK:
-            _load_box(kv_desc, [rows[0], column], full, tile, once)
-        else:
-            for box in gl.static_range(BLOCK // PAGE_SIZE):
-                part = tile.slice(box * PAGE_SIZE, PAGE_SIZE, 0)
-                _load_box(kv_desc, [rows[box], column], full, part, once)
+def _load_tile(kv_desc, rows, column, full, tile, once, PAGE_SIZE: gl.constexpr):
+    """64 columns of a block."""
+    mbarrier.expect(full, TILE_BYTES)
+    if PAGE_SIZE >= BLOCK:
+        _load_box(kv_desc, [rows[0], column], full, tile, once)
     else:
-        mbarrier.expect(full, 0)
+        for box in gl.static_range(BLOCK // PAGE_SIZE):
+            part = tile.slice(box * PAGE_SIZE, PAGE_SIZE, 0)
+            _load_box(kv_desc, [rows[box], column], full, part, once)
 
 
 @gluon.jit
-def _load_half(kv_desc, rows, FIRST: gl.constexpr, full, half, exists, once, PAGE_SIZE: gl.constexpr):
+def _load_half(kv_desc, rows, FIRST: gl.constexpr, full, half, once, PAGE_SIZE: gl.constexpr):
     for tile in gl.static_range(HALF // BLOCK):
         part = half.index(0).slice(tile * BLOCK, BLOCK, 1)
-        _load_tile(kv_desc, rows, FIRST + tile * BLOCK, full[tile], part, exists, once, PAGE_SIZE)
+        _load_tile(kv_desc, rows, FIRST + tile * BLOCK, full[tile], part, once, PAGE_SIZE)
 
 
 @gluon.jit
@@ -112,14 +110,32 @@ def _load_query_rope(q_desc, q_row, room, QUERY_ROWS: gl.constexpr):
 
 
 @gluon.jit
+def even_position(item, step):
+    """First key of the block that a step of an item loads into the even block's room: the lone one comes first."""
+    return (item.first_block + 2 * (item.pairs + item.lone - 1 - step)) * BLOCK
+
+
+@gluon.jit
+def loads_odd(item, step):
+    """Whether a step loads a pair's odd block too. With a lone block, the first pair's is loaded beside it, for its
+    room would be idle."""
+    return (item.lone == 0) | (step > 1) | ((step == 0) & (item.pairs > 0))
+
+
+@gluon.jit
+def odd_position(item, step):
+    """First key of that odd block, some key of the item where there is none."""
+    beside = gl.where((item.lone > 0) & (step == 0), -BLOCK, BLOCK)
+    return gl.maximum(even_position(item, step) + beside, 0)
+
+
+@gluon.jit
 def _prefetch(cache, row_ptr, position, item, first_row, once, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """Bring a block of the next pair into L2, a stretch of memory for each of its boxes; the first row tile does it."""
-    BOX: gl.constexpr = PAGE_SIZE if PAGE_SIZE < BLOCK else BLOCK
+    """Bring a block of the next pair into L2; the first row tile does it."""
     if (position >= item.first_block * BLOCK) & (first_row == 0) & (once == 0):
         rows = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
-        for box in gl.static_range(BLOCK // BOX):
-            box_ptr = cache.kv_ptr + rows[box].to(gl.int64) * cache.stride_slot
-            prefetch_bytes(box_ptr, ((BOX - 1) * cache.stride_slot + LATENT + ROPE) * 2)
+        box_ptr = cache.kv_ptr + rows[0].to(gl.int64) * cache.stride_slot
+        prefetch_bytes(box_ptr, ((BLOCK - 1) * cache.stride_slot + LATENT + ROPE) * 2)
 
 
 @gluon.jit
@@ -127,45 +143,50 @@ def load_left(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
     QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
-    """Columns 0..255 and the rope part of Q, and columns 0..255 of both blocks, which warpgroup 0 lets go of.
+    """Columns 0..255 and the rope part of Q, and columns 0..255 of all blocks, which warpgroup 0 lets go of.
 
     All programs begin at once, and their first loads take as long as a few pairs: those of the first odd block wait
     for Q, so that the scores of the even one begin, and its room is filled again, while the memory is still busy.
     """
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
     once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
-    used = 0
+    used = 0  # EVEN_USED, and ODD_USED until its room was let go of
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
         item = read_item(work, index, HEADS)
-        q_row = item.query_start * HEADS + work.first_row
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
-        for step in range(item.pairs):
-            position = (item.first_block + 2 * (item.pairs - 1 - step)) * BLOCK
-            even = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
-            odd = block_rows(row_ptr, position + BLOCK, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+        last = item.kv_end - 1
+        for step in range(item.pairs + item.lone):
+            position = even_position(item, step)
+            even = block_rows(row_ptr, position, last, cache.page_rows, PAGE_SIZE)
             if step == 0:
-                if used > 0:
+                if used & EVEN_USED:
                     meet(FREE_QUERY, QUERY_THREADS)
+                q_row = item.query_start * HEADS + work.first_row
                 _load_query(q_desc, q_row, room.query, room.query_left_full, 0, QUERY_ROWS)
                 if ROPE and used == 0:
                     _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
-            if used > 0:
+            if used & EVEN_USED:
                 meet(FREE_LEFT_0, RELEASE_THREADS)
-            _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, True, once, PAGE_SIZE)
-            if used > 0:
+            _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
+            odd = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
+            if (used == EVEN_USED + ODD_USED) & ((step == 0) | loads_odd(item, step)):
                 meet(FREE_LEFT_1, RELEASE_THREADS)
-                if ROPE and step == 0:
-                    _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
-            else:
-                mbarrier.wait(room.query_left_full, 0)
-            exists = position + BLOCK < item.kv_end
-            _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, exists, once, PAGE_SIZE)
+                used = EVEN_USED
+            if ROPE and (step == 0) & (used > 0):
+                q_row = item.query_start * HEADS + work.first_row
+                _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
+            if loads_odd(item, step):
+                if used == 0:
+                    mbarrier.wait(room.query_left_full, 0)
+                _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
+                used = used | ODD_USED
             if LONG:
                 _prefetch(cache, row_ptr, position - 2 * BLOCK, item, work.first_row, once, ROPE, PAGE_SIZE)
-            used = 1
-    if used > 0:
+            used = used | EVEN_USED
+    if used & EVEN_USED:
         meet(FREE_QUERY, QUERY_THREADS)
         meet(FREE_LEFT_0, RELEASE_THREADS)
+    if used & ODD_USED:
         meet(FREE_LEFT_1, RELEASE_THREADS)
     launch_dependents()
 
@@ -175,41 +196,42 @@ def load_right(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
     QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
-    """Columns 256..511 of Q, and columns from 256 on of both blocks, which warpgroup 1 lets go of."""
+    """Columns 256..511 of Q, and columns from 256 on of all blocks, which warpgroup 1 lets go of."""
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
     once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
-    used = 0
+    used = 0  # EVEN_USED, and ODD_USED until its room was let go of
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
         item = read_item(work, index, HEADS)
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
-        for step in range(item.pairs):
-            position = (item.first_block + 2 * (item.pairs - 1 - step)) * BLOCK
-            even = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
-            odd = block_rows(row_ptr, position + BLOCK, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+        last = item.kv_end - 1
+        for step in range(item.pairs + item.lone):
+            position = even_position(item, step)
+            even = block_rows(row_ptr, position, last, cache.page_rows, PAGE_SIZE)
             if step == 0:
-                if used > 0:
+                if used & EVEN_USED:
                     meet(FREE_QUERY, QUERY_THREADS)
                 q_row = item.query_start * HEADS + work.first_row
                 _load_query(q_desc, q_row, room.query, room.query_right_full, HALF, QUERY_ROWS)
-            if used > 0:
+            if used & EVEN_USED:
                 meet(FREE_RIGHT_0, RELEASE_THREADS)
-            _load_half(cache.rows, even, HALF, room.even.right_full, room.even.right, True, once, PAGE_SIZE)
+            _load_half(cache.rows, even, HALF, room.even.right_full, room.even.right, once, PAGE_SIZE)
             if ROPE:
-                _load_tile(
-                    cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), True, once, PAGE_SIZE
-                )
-            if used > 0:
-                meet(FREE_RIGHT_1, RELEASE_THREADS)
-            else:
-                mbarrier.wait(room.query_right_full, 0)
-            exists = position + BLOCK < item.kv_end
-            _load_half(cache.rows, odd, HALF, room.odd.right_full, room.odd.right, exists, once, PAGE_SIZE)
-            if ROPE:
-                _load_tile(cache.rows, odd, LATENT, room.odd.rope_full, room.odd.rope.index(0), exists, once, PAGE_SIZE)
+                _load_tile(cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), once, PAGE_SIZE)
+            odd = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
+            if loads_odd(item, step):
+                if used & ODD_USED:
+                    meet(FREE_RIGHT_1, RELEASE_THREADS)
+                if used == 0:
+                    mbarrier.wait(room.query_right_full, 0)
+                _load_half(cache.rows, odd, HALF, room.odd.right_full, room.odd.right, once, PAGE_SIZE)
+                if ROPE:
+                    _load_tile(cache.rows, odd, LATENT, room.odd.rope_full, room.odd.rope.index(0), once, PAGE_SIZE)
+                used = used | ODD_USED
             if LONG:
                 _prefetch(cache, row_ptr, position - BLOCK, item, work.first_row, once, ROPE, PAGE_SIZE)
-            used = 1
-    if used > 0:
+            used = used | EVEN_USED
+    if used & EVEN_USED:
         meet(FREE_QUERY, QUERY_THREADS)
         meet(FREE_RIGHT_0, RELEASE_THREADS)
+    if used & ODD_USED:
         meet(FREE_RIGHT_1, RELEASE_THREADS)

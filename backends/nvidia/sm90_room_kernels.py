@@ -10,7 +10,6 @@ from portable_mla.metadata.split_kernels import ITEM_FIELDS
 
 BLOCK = gl.constexpr(64)  # keys of a block, and rows of a program
 LATENT = gl.constexpr(512)
-TILE_BLOCKS = gl.constexpr(2)  # blocks of a tile of the plan
 HALF = gl.constexpr(256)  # latent columns that one warpgroup sums
 
 
@@ -111,12 +110,13 @@ class Work:
 
 @aggregate
 class Item:
-    """One run of KV blocks of one unit: pairs of blocks from first_block on, of which keys < kv_end are
-    real and keys < all_see are seen by every row."""
+    """One run of KV blocks of one unit: pairs of blocks from first_block on and, where their number is odd, a lone
+    one after them, of which keys < kv_end are real and keys < all_see are seen by every row."""
 
     request: gl.tensor
     first_block: gl.tensor
     pairs: gl.tensor
+    lone: gl.tensor
     kv_end: gl.tensor
     kv_len: gl.tensor
     query_start: gl.tensor
@@ -124,10 +124,11 @@ class Item:
     all_see: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, request, first_block, pairs, kv_end, kv_len, query_start, query_len, all_see):
+    def __init__(self, request, first_block, pairs, lone, kv_end, kv_len, query_start, query_len, all_see):
         self.request = request
         self.first_block = first_block
         self.pairs = pairs
+        self.lone = lone
         self.kv_end = kv_end
         self.kv_len = kv_len
         self.query_start = query_start
@@ -205,12 +206,15 @@ def new_room(DTYPE: gl.constexpr):
 def read_item(work, index, HEADS: gl.constexpr):
     """The item as this row tile sees it: without work where the unit has no such rows, or is faulty."""
     item_ptr = work.items_ptr + index * ITEM_FIELDS
-    first_block = gl.load(item_ptr + 1) * TILE_BLOCKS
-    last_block = gl.load(item_ptr + 2) * TILE_BLOCKS
+    first_block = gl.load(item_ptr + 1)  # a tile of the plan is a block
+    last_block = gl.load(item_ptr + 2)
     kv_len = gl.load(item_ptr + 4)
     query_len = gl.load(item_ptr + 6)
     kv_end = gl.minimum(kv_len, last_block * BLOCK)
     kv_end = gl.where(work.first_row < query_len * HEADS, kv_end, 0)
-    pairs = gl.maximum(kv_end - first_block * BLOCK + 2 * BLOCK - 1, 0) // (2 * BLOCK)
+    blocks = gl.maximum(kv_end - first_block * BLOCK + BLOCK - 1, 0) // BLOCK
     all_see = gl.minimum(kv_end, kv_len - query_len + 1)
-    return Item(gl.load(item_ptr), first_block, pairs, kv_end, kv_len, gl.load(item_ptr + 5), query_len, all_see)
+    return Item(
+        gl.load(item_ptr), first_block, blocks // 2, blocks % 2, kv_end, kv_len, gl.load(item_ptr + 5), query_len,
+        all_see,
+    )  # fmt: skip

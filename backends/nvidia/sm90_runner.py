@@ -28,7 +28,7 @@ from portable_mla.shape import Request
 BLOCK = 64  # rows of a program, keys of a block, columns of a TMA box
 ALIGNMENT = 16  # bytes, of every address and stride that TMA takes
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # what TMA writes and wgmma reads
-_ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=2 * BLOCK, num_warps=4, num_stages=1)  # a tile of the plan: two blocks
+_ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=BLOCK, num_warps=4, num_stages=1)
 
 
 def sm90_plan_shape(request: Request) -> PlanShape:

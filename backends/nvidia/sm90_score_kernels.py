@@ -19,26 +19,19 @@ STRIPS = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 
 
 @gluon.jit
-def _zero_tail(half, valid):
-    """Zero the rows from `valid` on: slots past the end may hold NaN, and 0 times NaN is NaN."""
+def zero_tail(half, full, phase, valid):
+    """Zero the rows of half a block from `valid` on, once it has landed: slots past the end may hold NaN, and 0 times
+    NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
     strips = reinterpret(half.index(0), [BLOCK * HALF // (STRIP * BLOCK), STRIP, BLOCK], STRIPS)
+    for tile in gl.static_range(HALF // BLOCK):
+        mbarrier.wait(full[tile], phase)
     for strip in range(gl.maximum(valid, 0) // STRIP, BLOCK // STRIP):
         for tile in gl.static_range(HALF // BLOCK):
             part = strips.index(tile * (BLOCK // STRIP) + strip)
             value = part.load(layout)
             part.store(gl.where((strip * STRIP + row < valid)[:, None], value, gl.zeros_like(value)))
-
-
-@gluon.jit
-def zero_tails(even, odd, even_full, odd_full, phase, valid):
-    """Zero what lies behind the item's keys in a half of both blocks, once it has landed."""
-    for tile in gl.static_range(HALF // BLOCK):
-        mbarrier.wait(even_full[tile], phase)
-        mbarrier.wait(odd_full[tile], phase)
-    _zero_tail(even, valid)
-    _zero_tail(odd, valid - BLOCK)
     fence_async_shared()
     synchronize()
 

@@ -19,7 +19,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     score_half,
     score_rope,
     wait_query,
-    zero_tails,
+    zero_tail,
 )
 from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, weigh
 from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, read_slot, store_item, tell_peak
@@ -71,6 +71,39 @@ def _fold_left(room, scores, acc, row_max, row_sum, scale):
 
 
 @gluon.jit
+def _score_even(room, q_rope, phase, ROPE: gl.constexpr):
+    """Scores of the even block, complete."""
+    query = room.query.index(opaque(0))
+    scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+    even = room.even.left.index(opaque(0))
+    scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
+    even = room.even.right.index(opaque(0))
+    scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
+    scores = score_rope(q_rope, room.even, phase, scores, ROPE)
+    return warpgroup_mma_wait(0, deps=(scores,))
+
+
+@gluon.jit
+def _lone_left(room, scores, acc, scale):
+    """Softmax of a lone block, and its share of columns 0..255."""
+    zero = opaque(0)
+    row_max = gl.maximum(gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW), gl.max(scores, 1))
+    weights = weigh(scores, multiply(row_max, scale), scale)
+    rounded = weights.to(room.weights0.dtype)
+    room.max0.store(row_max)
+    room.weights0.index(zero).store(rounded)
+    fence_async_shared()
+    arrive(WEIGHTS_0, PAIR_THREADS)
+    operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
+    acc = warpgroup_mma(operand, room.even.left.index(zero), acc, is_async=True)
+    row_sum = gl.sum(weights, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_LEFT_0, RELEASE_THREADS)
+    meet(WEIGHTS_1, PAIR_THREADS)  # nobody arrives at WEIGHTS_0 twice before the right warpgroup has met it
+    return acc, row_max, row_sum
+
+
+@gluon.jit
 def left_warpgroup(
     room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
 ):  # fmt: skip
@@ -86,48 +119,49 @@ def left_warpgroup(
         row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
         acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
-        if item.pairs > 0:
-            q_rope = wait_query(room, query_phase, ROPE)
-            query = room.query.index(opaque(0))
-            scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
-            even = room.even.left.index(opaque(0))
-            scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
-            even = room.even.right.index(opaque(0))
-            scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
-            scores = score_rope(q_rope, room.even, phase, scores, ROPE)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            position = (item.first_block + 2 * item.pairs - 2) * BLOCK
-            if position + 2 * BLOCK > item.all_see:
-                scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
-            if position + 2 * BLOCK > item.kv_end:
-                zero_tails(
-                    room.even.left, room.odd.left, room.even.left_full, room.odd.left_full, phase,
-                    item.kv_end - position,
-                )  # fmt: skip
-            for _ in range(item.pairs - 1):
+        if item.pairs + item.lone > 0:
+            position = (item.first_block + 2 * item.pairs) * BLOCK
+            if item.lone > 0:
+                q_rope = wait_query(room, query_phase, ROPE)
+                scores = _score_even(room, q_rope, phase, ROPE)
+                if item.pairs == 0:
+                    arrive(FREE_QUERY, QUERY_THREADS)
+                if position + BLOCK > item.all_see:
+                    scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+                    if position + BLOCK > item.kv_end:
+                        zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
+                acc, row_max, row_sum = _lone_left(room, scores, acc, scale)
+                phase ^= 1
+            if item.pairs > 0:
+                q_rope = wait_query(room, query_phase, ROPE)
+                position -= 2 * BLOCK
+                scores = _score_even(room, q_rope, phase, ROPE)
+                if position + 2 * BLOCK > item.all_see:
+                    scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+                for _ in range(item.pairs - 1):
+                    acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
+                    phase ^= 1
+                    position -= 2 * BLOCK
+                    query = room.query.index(opaque(0))
+                    scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
+                    even = room.even.left.index(opaque(0))
+                    scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
+                    acc = warpgroup_mma_wait(4, deps=(acc,))
+                    arrive(FREE_LEFT_1, RELEASE_THREADS)
+                    even = room.even.right.index(opaque(0))
+                    scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
+                    scores = score_rope(q_rope, room.even, phase, scores, ROPE)
+                    scores = warpgroup_mma_wait(0, deps=(scores,))
+                    if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
+                        scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+                arrive(FREE_QUERY, QUERY_THREADS)
                 acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
                 phase ^= 1
-                position -= 2 * BLOCK
-                query = room.query.index(opaque(0))
-                scores = gl.zeros([BLOCK, BLOCK], gl.float32, SCORES)
-                even = room.even.left.index(opaque(0))
-                scores = score_half(query.slice(0, HALF, 1), even, room.even.left_full, phase, scores, True)
-                acc = warpgroup_mma_wait(4, deps=(acc,))
+                acc = warpgroup_mma_wait(0, deps=(acc,))
                 arrive(FREE_LEFT_1, RELEASE_THREADS)
-                even = room.even.right.index(opaque(0))
-                scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
-                scores = score_rope(q_rope, room.even, phase, scores, ROPE)
-                scores = warpgroup_mma_wait(0, deps=(scores,))
-                if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
-                    scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
-            arrive(FREE_QUERY, QUERY_THREADS)
-            acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
-            phase ^= 1
             query_phase ^= 1
             slot = read_slot(work, index)
             room.sum0.store(row_sum)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            arrive(FREE_LEFT_1, RELEASE_THREADS)
             peak = tell_peak(acc, slot, room.peak0, results)
             arrive(WEIGHTS_0, PAIR_THREADS)
             meet(WEIGHTS_1, PAIR_THREADS)
@@ -182,33 +216,55 @@ def _fold_right(
 
 
 @gluon.jit
+def _lone_right(room, acc):
+    """The lone block's share of columns 256..511."""
+    zero = opaque(0)
+    meet(WEIGHTS_0, PAIR_THREADS)
+    row_max = room.max0.load(SCORES_ROW)
+    acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    arrive(FREE_RIGHT_0, RELEASE_THREADS)
+    arrive(WEIGHTS_1, PAIR_THREADS)
+    return acc, row_max
+
+
+@gluon.jit
 def right_warpgroup(
     room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
 ):  # fmt: skip
     """Scores of the odd blocks, output columns 256..511."""
     phase = 0
+    even_phase = 0
     query_phase = 0
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
         item = read_item(work, index, HEADS)
         row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
         acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
-        if item.pairs > 0:
-            q_rope = wait_query(room, query_phase, ROPE)
-            position = (item.first_block + 2 * item.pairs - 2) * BLOCK
-            if position + 2 * BLOCK > item.kv_end:
-                zero_tails(
-                    room.even.right, room.odd.right, room.even.right_full, room.odd.right_full, phase,
-                    item.kv_end - position,
-                )  # fmt: skip
-            for step in range(item.pairs):
-                last = step == item.pairs - 1
-                acc, row_max, row_sum = _fold_right(
-                    room, q_rope, item, work.first_row, position, last, acc, row_max, row_sum, scale, phase,
-                    HEADS, ROPE, BLOCK_Q,
-                )  # fmt: skip
-                phase ^= 1
-                position -= 2 * BLOCK
+        if item.pairs + item.lone > 0:
+            position = (item.first_block + 2 * item.pairs) * BLOCK
+            if item.lone > 0:
+                if position + BLOCK > item.kv_end:
+                    zero_tail(room.even.right, room.even.right_full, even_phase, item.kv_end - position)
+                acc, row_max = _lone_right(room, acc)
+                if item.pairs == 0:
+                    arrive(FREE_QUERY, QUERY_THREADS)  # Q has landed: the loaders have met this barrier's last opening
+                even_phase ^= 1
+            elif position > item.kv_end:
+                valid = item.kv_end - position + BLOCK  # of both halves: the left one is multiplied later
+                zero_tail(room.odd.left, room.odd.left_full, phase, valid)
+                zero_tail(room.odd.right, room.odd.right_full, phase, valid)
+            if item.pairs > 0:
+                q_rope = wait_query(room, query_phase, ROPE)
+                for step in range(item.pairs):
+                    position -= 2 * BLOCK
+                    last = step == item.pairs - 1
+                    acc, row_max, row_sum = _fold_right(
+                        room, q_rope, item, work.first_row, position, last, acc, row_max, row_sum, scale, phase,
+                        HEADS, ROPE, BLOCK_Q,
+                    )  # fmt: skip
+                    phase ^= 1
+                    even_phase ^= 1
             query_phase ^= 1
             slot = read_slot(work, index)
             room.sum1.store(row_sum)

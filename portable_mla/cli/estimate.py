@@ -33,7 +33,7 @@ AT_ONCE = 0.75  # of the matrix units' speed that the Gluon kernel reaches
 INSTRUCTIONS = {"HMMA": 4096, "16x16x16_bf16": 8192, "16x16x32_bf16": 16384}  # operations of each
 MATRIX_UNITS = 4  # of one SM or CU: each warp issues to one of them
 FETCH = 30  # bytes a cycle that one SM or CU gets from memory
-GLUON_ROWS, GLUON_KEYS, GLUON_WARPS = 64, 128, 12
+GLUON_ROWS, GLUON_KEYS, GLUON_WARPS = 64, 64, 12
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,10 @@ def times_scored(request: Request, tile: Tile, compiled: Compiled) -> int:
 
 
 def gluon_work(request: Request, part: Part) -> Work:
-    """Of Hopper's Gluon kernel: two warpgroups share two blocks of 64 keys."""
+    """Of Hopper's Gluon kernel and one block of keys; its two warpgroups share two of them at once."""
     shape = request.shape
     operations = 2 * GLUON_ROWS * GLUON_KEYS * (shape.row_width + shape.latent_dim)
-    traffic = (GLUON_KEYS * (2 * shape.row_width + shape.latent_dim) + 2 * GLUON_ROWS * shape.row_width) * 2
+    traffic = (GLUON_KEYS * (2 * shape.row_width + shape.latent_dim) + GLUON_ROWS * shape.row_width) * 2
     compiled = compiled_kernel(request.arch.name, f"gluon 512+{shape.rope_dim}")
     return Work(
         operations / part.matrix["HGMMA"], traffic / part.shared, GLUON_WARPS, request.arch.wave, compiled, at_once=True
