@@ -32,11 +32,16 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
 - Q before the keys, in halves by both loaders, and the first odd block after it: Q arrived after 17000 cycles, behind
   the first keys of all programs, now after 8500. Predicted 2.3 at (8, 16, 8192), 40.5 -> 40.9; (1, 16, 1024) 11.6 ->
   10.9. Kept for the small batches.
-- Plans in single blocks: predicted 10 % for the Azure trace, 32 requests: 30.7 -> 35.1, since odd pieces score an empty
-  block; again with evict_first, and starts of 1 to 5 blocks: 26.5 -> 27.5 at best. Dropped.
-- Tails zeroed in strips of 16 rows, and a later item's first keys no longer behind the last weights: predicted 1 for
-  each request of a ragged batch. With whole blocks zeroed, Azure, 256 requests of 128 heads 196 -> 204, Mooncake, 128
-  requests 869 -> 913, in separate runs. Kept.
+- Plans in single blocks, a part's odd one by a way of its own ahead of its pairs, the first pair's odd block loaded
+  beside it: predicted 2 for each part of a ragged batch. Azure, 32 requests of 16 heads 26.4 -> 25.4, of 128 heads
+  36.9 -> 35.1, (1, 16, 1024) 9.6 -> 8.4. Without that way, odd pieces scored an empty block: 30.7 -> 35.1.
+- The tail of an odd block zeroed ahead of the loop, in strips of 16 rows, by the warpgroup that is not busy scoring the
+  even one: predicted 1 for each request of a ragged batch; part of the line above. Zeroing inside the loop cost 2 to
+  3 % at two query tokens.
+- The way for odd blocks brought the code from 122 to 139 KB, over the instruction cache of 128, and each item began
+  1.2 to 1.8 later: (264, 128, 1536), four items a part, 219 -> 228. Predicted back with less code: whole and partial
+  results stored one way, packed in pairs before lanes exchange them (sm90_store_kernels.py), 121 KB: 219; Azure, 256
+  requests of 128 heads 195 -> 189.
 
 The two warpgroups' shared vectors and weights are ordered by the named barriers and, for weights0, through the loader
 that refills the even block's right half: tests/test_sm90_protocol.py plays it. compute-sanitizer's racecheck does not

@@ -6,24 +6,15 @@ from triton.experimental.gluon import language as gl
 from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT
 from portable_mla.backends.nvidia.sm90_score_kernels import ACC_ROW, SCORES_ROW
 from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser
-from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque
+from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque, pack_pairs
 from portable_mla.backends.triton.combine_kernels import NARROW_STATS, WIDE_STATS
 from portable_mla.backends.triton.decode_kernels import LN_2
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 from portable_mla.metadata.status_kernels import QUERY_TOKENS
 
-# The accumulator after exchanges between neighbouring lanes, for stores of 16 bytes: 16-bit and 32-bit values. Stores
-# took 2.5 of the 10 us of (1, 128, 1024), a line a cycle. Predicted 3 us at (32, 64, 4096) for 32-bit values in the
-# order of registers, whole lines: 71.9 against 71.4. Dropped.
-COLUMNS_OF_8 = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 256],
-    )
-)
+# The accumulator after exchanges between neighbouring lanes, for stores of 16 bytes: float32 values, and pairs of 16
+# bits. Stores took 2.5 of the 10 us of (1, 128, 1024), a line a cycle. Predicted 3 us at (32, 64, 4096) for 32-bit
+# values in the order of registers, whole lines: 71.9 against 71.4. Dropped.
 COLUMNS_OF_4 = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
@@ -31,6 +22,24 @@ COLUMNS_OF_4 = gl.constexpr(
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
         shape=[64, 256],
+    )
+)
+PAIRS_OF_2 = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0], [0, 8], [0, 16], [0, 32], [0, 64]],
+        lane_bases=[[0, 4], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 128],
+    )
+)
+PAIRS_OF_4 = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 128],
     )
 )
 LEAST_PEAK = gl.constexpr(2.0**-120)  # its reciprocal is finite
@@ -87,37 +96,74 @@ def _report_missing(results, request, end):
 
 
 @gluon.jit
-def _store_whole(acc, rows, query_start, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
-    """The result of a unit that was not cut."""
-    out = gl.convert_layout(acc, COLUMNS_OF_4).to(results.out_ptr.dtype.element_ty)
-    out = gl.convert_layout(out, COLUMNS_OF_8)
-    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, COLUMNS_OF_8))
-    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, COLUMNS_OF_8))
-    token = query_start + row // HEADS
-    out_row = token.to(gl.int64) * results.stride_out_token
-    out_row += (row % HEADS).to(gl.int64) * results.stride_out_head
-    gl.store(results.out_ptr + out_row[:, None] + column[None, :].to(gl.int64), out, mask=(row < rows)[:, None])
+def _pairs(acc):
+    """Even and odd columns of the accumulator, which share a thread."""
+    return gl.split(gl.reshape(acc, [BLOCK, HALF // 2, 2]))
 
 
 @gluon.jit
-def _store_piece(acc, peak, rows, slot, work, results, FIRST: gl.constexpr):
-    """A partial result: float32, or float16 in units of each row's peak, which loses 2**-12 of what bfloat16 does."""
-    NARROW: gl.constexpr = results.partial_out_ptr.dtype.element_ty != gl.float32
-    LAYOUT: gl.constexpr = COLUMNS_OF_8.value if NARROW else COLUMNS_OF_4.value
-    if NARROW:
-        peak = gl.maximum(peak, gl.full_like(peak, LEAST_PEAK))
-        acc = acc * (1.0 / peak)[:, None]
-        if FIRST == 0:
-            peak_row = work.first_row + gl.arange(0, BLOCK, ACC_ROW)
-            peak_ptr = results.partial_stats_ptr + NARROW_STATS * (slot.to(gl.int64) * results.max_rows + peak_row) + 2
-            gl.store(peak_ptr, peak, mask=peak_row < rows)
-    value = gl.convert_layout(acc, COLUMNS_OF_4).to(results.partial_out_ptr.dtype.element_ty)
-    value = gl.convert_layout(value, LAYOUT)
-    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT))
-    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))
+def _whole_rows(row, query_start, results, HEADS: gl.constexpr):
+    """Where rows of a unit that was not cut begin in the result."""
+    token = query_start + row // HEADS
+    head = (row % HEADS).to(gl.int64)
+    return token.to(gl.int64) * results.stride_out_token + head * results.stride_out_head
+
+
+@gluon.jit
+def _store_pairs(bits, base_ptr, row_start, row, rows, FIRST: gl.constexpr):
+    """Pairs of 16-bit values to rows that begin row_start values behind base_ptr."""
+    # one exchange after the other: both at once would go through shared memory, which is full
+    bits = gl.convert_layout(gl.convert_layout(bits, PAIRS_OF_2), PAIRS_OF_4)
+    pair = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_OF_4))
+    pair_ptr = base_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (row_start // 2)[:, None]
+    gl.store(pair_ptr + pair[None, :].to(gl.int64), bits, mask=(row < rows)[:, None])
+
+
+@gluon.jit
+def _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+    """The result of a unit that was not cut, or a partial one in float32."""
+    acc = acc * norm[:, None]
+    first_row = opaque(work.first_row)
+    if slot < 0:
+        left, right = _pairs(acc)
+        bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
+        row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_4))
+        _store_pairs(bits, results.out_ptr, _whole_rows(row, query_start, results, HEADS), row, rows, FIRST)
+    else:
+        _store_floats(acc, first_row, rows, slot, results, FIRST)
+
+
+@gluon.jit
+def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
+    """A partial result in float32."""
+    row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, COLUMNS_OF_4))
+    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, COLUMNS_OF_4))
     slot_row = (slot.to(gl.int64) * results.max_rows + row) * LATENT
     partial_ptr = results.partial_out_ptr + slot_row[:, None] + column[None, :].to(gl.int64)
-    gl.store(partial_ptr, value, mask=(row < rows)[:, None])
+    gl.store(partial_ptr, gl.convert_layout(acc, COLUMNS_OF_4), mask=(row < rows)[:, None])
+
+
+@gluon.jit
+def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+    """The same where a partial one is float16, in units of each row's peak, which loses 2**-12 of what bfloat16 does.
+    Both go one way, for the kernel to fit the instruction cache."""
+    whole = slot < 0
+    peak = gl.maximum(peak * norm, gl.full_like(peak, LEAST_PEAK))
+    left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
+    bits = gl.where(
+        whole, pack_pairs(left, right, results.out_ptr.dtype.element_ty), pack_pairs(left, right, gl.float16)
+    )
+    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_4))
+    slot_row = (slot.to(gl.int64) * results.max_rows + row) * LATENT
+    row_start = gl.where(whole, _whole_rows(row, query_start, results, HEADS), slot_row)
+    base_ptr = results.out_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
+    if slot >= 0:
+        base_ptr = results.partial_out_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
+    _store_pairs(bits, base_ptr, row_start, row, rows, FIRST)
+    if FIRST == 0:
+        peak_row = work.first_row + gl.arange(0, BLOCK, ACC_ROW)
+        peak_ptr = results.partial_stats_ptr + NARROW_STATS * (slot.to(gl.int64) * results.max_rows + peak_row) + 2
+        gl.store(peak_ptr, peak, mask=(peak_row < rows) & (slot >= 0))
 
 
 @gluon.jit
@@ -136,11 +182,10 @@ def store_item(
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
     log2_max = multiply(row_max, scale)
     norm = gl.convert_layout(normaliser(row_max, log2_max, row_sum, scale, DTYPE), ACC_ROW)
-    acc = acc * norm[:, None]
-    if slot < 0:
-        _store_whole(acc, rows, query_start, work, results, FIRST, HEADS)
+    if results.partial_out_ptr.dtype.element_ty == gl.float32:
+        _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST, HEADS)
     else:
-        _store_piece(acc, peak * norm, rows, slot, work, results, FIRST)
+        _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST, HEADS)
     if FIRST == 0:
         row = work.first_row + gl.arange(0, BLOCK, SCORES_ROW)
         _store_stats(log2_max, row_sum, row, row < rows, slot, query_start, results, HEADS)

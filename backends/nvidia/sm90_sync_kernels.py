@@ -99,6 +99,16 @@ def multiply(left, right, _semantic=None):
 
 
 @core.extern
+def pack_pairs(left, right, dtype, _semantic=None):
+    """Pairs of float32 values rounded to bfloat16 or float16, as int32: the left one is stored first."""
+    name = {"bf16": "bf16x2", "fp16": "f16x2"}[core._unwrap_if_constexpr(dtype).name]
+    return core.inline_asm_elementwise(
+        f"cvt.rn.{name}.f32 $0, $2, $1;", "=r,f,f", [left, right], dtype=core.int32, is_pure=True, pack=1,
+        _semantic=_semantic,
+    )  # fmt: skip
+
+
+@core.extern
 def publish_barriers(_semantic=None):
     """Make initialised mbarriers visible to the TMA."""
     _statement("fence.mbarrier_init.release.cluster", _semantic)
