@@ -40,7 +40,7 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   3 % at two query tokens.
 - The way for odd blocks brought the code from 122 to 139 KB, over the instruction cache of 128, and each item began
   1.2 to 1.8 later: (264, 128, 1536), four items a part, 219 -> 228. Predicted back with less code: whole and partial
-  results stored one way, packed in pairs before lanes exchange them (sm90_store_kernels.py), 121 KB: 219; Azure, 256
+  results stored one way, packed in pairs before lanes exchange them (sm90_store_kernels.py), 118 KB: 218; Azure, 256
   requests of 128 heads 195 -> 189.
 
 The two warpgroups' shared vectors and weights are ordered by the named barriers and, for weights0, through the loader

@@ -1,7 +1,7 @@
 """The two loader warps of the sm90 decode kernel: TMA of each half of Q and of every block of keys.
 
-Each loader walks the same pairs as the warpgroups and refills a half block when the warpgroup that read it last lets
-go of it. Pairs go from the end of the sequence to its start.
+Each loader walks the same blocks as the warpgroups, a lone one first and then pairs, from the end of the sequence to
+its start, and refills a half block when the warpgroup that read it last lets go of it.
 """
 
 from triton.experimental import gluon
