@@ -110,6 +110,12 @@ def _whole_rows(row, query_start, results, HEADS: gl.constexpr):
 
 
 @gluon.jit
+def _piece_rows(row, slot, results):
+    """Where rows of a piece begin in the partial results."""
+    return (slot.to(gl.int64) * results.max_rows + row) * LATENT
+
+
+@gluon.jit
 def _store_pairs(bits, base_ptr, row_start, row, rows, FIRST: gl.constexpr):
     """Pairs of 16-bit values to rows that begin row_start values behind base_ptr."""
     # one exchange after the other: both at once would go through shared memory, which is full
@@ -138,8 +144,8 @@ def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
     """A partial result in float32."""
     row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, COLUMNS_OF_4))
     column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, COLUMNS_OF_4))
-    slot_row = (slot.to(gl.int64) * results.max_rows + row) * LATENT
-    partial_ptr = results.partial_out_ptr + slot_row[:, None] + column[None, :].to(gl.int64)
+    piece_row = _piece_rows(row, slot, results)
+    partial_ptr = results.partial_out_ptr + piece_row[:, None] + column[None, :].to(gl.int64)
     gl.store(partial_ptr, gl.convert_layout(acc, COLUMNS_OF_4), mask=(row < rows)[:, None])
 
 
@@ -154,8 +160,8 @@ def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST
         whole, pack_pairs(left, right, results.out_ptr.dtype.element_ty), pack_pairs(left, right, gl.float16)
     )
     row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_4))
-    slot_row = (slot.to(gl.int64) * results.max_rows + row) * LATENT
-    row_start = gl.where(whole, _whole_rows(row, query_start, results, HEADS), slot_row)
+    piece_row = _piece_rows(row, slot, results)
+    row_start = gl.where(whole, _whole_rows(row, query_start, results, HEADS), piece_row)
     base_ptr = results.out_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
     if slot >= 0:
         base_ptr = results.partial_out_ptr.to(gl.pointer_type(gl.int16), bitcast=True)

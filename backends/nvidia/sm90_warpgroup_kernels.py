@@ -43,9 +43,8 @@ from portable_mla.backends.triton.decode_kernels import START_MAX
 
 
 @gluon.jit
-def _fold_left(room, scores, acc, row_max, row_sum, scale):
-    """Softmax of the even block, both blocks' share of columns 0..255; the odd block's product is left in flight."""
-    zero = opaque(0)
+def _weigh_even(room, zero, scores, row_max, scale):
+    """Softmax of the even block, told to the right warpgroup: weights, the same rounded, and the new maximum."""
     even_max = gl.maximum(row_max, gl.max(scores, 1))
     weights = weigh(scores, multiply(even_max, scale), scale)
     rounded = weights.to(room.weights0.dtype)
@@ -53,6 +52,14 @@ def _fold_left(room, scores, acc, row_max, row_sum, scale):
     room.weights0.index(zero).store(rounded)
     fence_async_shared()
     arrive(WEIGHTS_0, PAIR_THREADS)
+    return weights, rounded, even_max
+
+
+@gluon.jit
+def _fold_left(room, scores, acc, row_max, row_sum, scale):
+    """Softmax of the even block, both blocks' share of columns 0..255; the odd block's product is left in flight."""
+    zero = opaque(0)
+    weights, rounded, even_max = _weigh_even(room, zero, scores, row_max, scale)
     factor = growth(row_max, even_max, scale)
     acc = rescale(acc, factor)
     operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
@@ -84,16 +91,10 @@ def _score_even(room, q_rope, phase, ROPE: gl.constexpr):
 
 
 @gluon.jit
-def _lone_left(room, scores, acc, scale):
+def _lone_left(room, scores, acc, row_max, scale):
     """Softmax of a lone block, and its share of columns 0..255."""
     zero = opaque(0)
-    row_max = gl.maximum(gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW), gl.max(scores, 1))
-    weights = weigh(scores, multiply(row_max, scale), scale)
-    rounded = weights.to(room.weights0.dtype)
-    room.max0.store(row_max)
-    room.weights0.index(zero).store(rounded)
-    fence_async_shared()
-    arrive(WEIGHTS_0, PAIR_THREADS)
+    weights, rounded, row_max = _weigh_even(room, zero, scores, row_max, scale)
     operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
     acc = warpgroup_mma(operand, room.even.left.index(zero), acc, is_async=True)
     row_sum = gl.sum(weights, 1)
@@ -130,7 +131,7 @@ def left_warpgroup(
                     scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
                     if position + BLOCK > item.kv_end:
                         zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
-                acc, row_max, row_sum = _lone_left(room, scores, acc, scale)
+                acc, row_max, row_sum = _lone_left(room, scores, acc, row_max, scale)
                 phase ^= 1
             if item.pairs > 0:
                 q_rope = wait_query(room, query_phase, ROPE)
