@@ -29,6 +29,11 @@ class DecodeInputs:
     kv_cache: Tensor  # [pages, page_size, row_width], any outer strides
     memo: CallMemo | None = field(default=None, compare=False)
 
+    @property
+    def remembered(self) -> Any:
+        """What a runner has worked out for calls like this one; None before, or where they are not told apart."""
+        return None if self.memo is None else self.memo.layout
+
     def remember(self, layout: object) -> None:
         """For the calls that are like this one."""
         if self.memo is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.arguments import check_dense, check_device
+from portable_mla.device import on_device_of
 from portable_mla.launch import KernelLaunch, alignment
 
 _LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
@@ -82,7 +83,7 @@ def launch_merge(first: State, rest: State, out: Tensor, lse: Tensor) -> None:
     )  # fmt: skip
     rows, launch = _merge_launch(width)
     key = (out.device.index, tuple(t.dtype for t in tensors), strides, alignment(*tensors))
-    with torch.cuda.device_of(out):  # kernels launch on the current device, which need not be the tensors'
+    with on_device_of(out):
         launch(key, (-(-tokens * heads // rows),), *tensors, tokens, heads, len(rest[0]), *strides)
 
 

@@ -13,6 +13,7 @@ from portable_mla.attention import MLAAttention
 from portable_mla.backend import PrefillInputs, prefill_runner
 from portable_mla.chunked_prefill import mla_chunked_prefill
 from portable_mla.context import CachedContext
+from portable_mla.device import on_device_of
 from portable_mla.dispatch import Explanation, explain, select
 from portable_mla.errors import PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, MixedSplit, Needs, PagedBatch, Status
@@ -130,7 +131,7 @@ class MixedAttention:
         if self._absorbed is not None:
             self._absorbed.plan(prefills)
         self.decodes.plan(decodes)  # a part without requests too: a captured graph may hold its launch
-        with torch.cuda.device_of(batch.kv_lens):
+        with on_device_of(batch.kv_lens):
             ragged = self._offsets.update(prefills, capacity.max_pages).ragged
         assert ragged is not None and prefills.query_lens is not None
         torch.sub(prefills.kv_lens, prefills.query_lens, out=self._context_lens[: prefills.size])

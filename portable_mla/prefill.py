@@ -9,6 +9,7 @@ from torch import Tensor
 
 from portable_mla.arguments import check_outputs, check_scale
 from portable_mla.backend import PrefillInputs, PrefillRunner, prefill_runner
+from portable_mla.device import on_device_of
 from portable_mla.dispatch import select
 from portable_mla.ops import result_tensors
 from portable_mla.prefill_arguments import PrefillArguments
@@ -107,7 +108,7 @@ def run_prefill(
 ) -> None:
     """One launch, on the tensors' device, which need not be the current one; none where there is no query token."""
     if inputs.q.shape[0]:
-        with torch.cuda.device_of(inputs.q):
+        with on_device_of(inputs.q):
             runner.run(inputs, out, lse, softmax_scale=softmax_scale)
 
 

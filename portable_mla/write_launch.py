@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.cache_format import CacheFormat, stored_parts
+from portable_mla.device import on_device_of
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.write_arguments import WriteArguments
 
@@ -44,7 +45,7 @@ def launch_write(call: WriteArguments) -> None:
     key = (cache.device.index, dtypes, strides, alignment(*tensors))
     launch = _launch(cache.shape[1], call.latent_dim, call.rope_dim, call.interleaved, call.cache_format)
     grid = (len(call.slots), 1 + -(-heads // BLOCK_HEADS))
-    with torch.cuda.device_of(cache):  # kernels launch on the current device, which need not be the tensors'
+    with on_device_of(cache):
         launch(key, grid, *tensors, call.eps, cache.shape[0], table_rows, heads, *strides)
 
 

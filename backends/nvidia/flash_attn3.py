@@ -193,7 +193,7 @@ class FlashAttn3Runner:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
         name = self._name
-        layout: VendorLayout = (inputs.memo and inputs.memo.layout) or self._new_layout(inputs, out, lse)
+        layout: VendorLayout = inputs.remembered or self._new_layout(inputs, out, lse)
         q = layout.queries(inputs.q)
         if self._step.fit(q):
             self._plan()

@@ -152,7 +152,7 @@ class FlashMLARunner:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
         name, heads, query_len = self._name, self._shape.heads, self._query_len
-        layout: VendorLayout = (inputs.memo and inputs.memo.layout) or self._new_layout(inputs, out, lse)
+        layout: VendorLayout = inputs.remembered or self._new_layout(inputs, out, lse)
         q, batch = layout.queries(inputs.q), layout.tokens // query_len
         step = self._step.of(batch)
         schedule, splits = self._schedule_of(batch, step.kv_lens).pair

@@ -88,7 +88,7 @@ class Sm90Runner:
         """Two launches: split decode, and the combine that also defines rows without work."""
         assert self._metadata is not None and self._partial_tensors is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
-        layout: _Layout | None = (inputs.memo and inputs.memo.layout) or self._new_layout(inputs, out, lse)
+        layout: _Layout | None = inputs.remembered or self._new_layout(inputs, out, lse)
         if layout is None:
             self._portable.run(self._metadata, inputs, out, lse, softmax_scale)
             return

@@ -116,7 +116,7 @@ class TritonRunner:
         assert plan is not None, "asked for in needs()"
         # What a memo does not tell apart: the scale's address and, on AMD, where storages end.
         apart = alignment(*((q, cache, kv_scale, out, lse) if built_for_amd() else (kv_scale,)))
-        layout: _Layout | None = inputs.memo.layout if inputs.memo else None
+        layout: _Layout | None = inputs.remembered
         if layout is None or layout.apart != apart:
             layout = self._new_layout(inputs, kv_scale, out, lse, apart)
         latent_desc, rope_desc = layout.describe(cache)
