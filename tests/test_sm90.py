@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,18 +144,14 @@ def test_an_odd_cache_gets_a_plan_of_its_own_on_first_need_and_each_step_from_th
     assert next(iter(path.memory().values())) > 0
 
 
-def noted(argument: Any) -> Any:
-    """An argument as it is now: a descriptor is given another tensor by the next call."""
-    return argument if isinstance(argument, torch.Tensor) else copy.copy(argument)
-
-
 def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytest.MonkeyPatch) -> None:
     if sm90.missing_names():
         pytest.skip(f"this Triton lacks {sm90.missing_names()}")
     from portable_mla.backends.nvidia.sm90_runner import Sm90Runner
     from portable_mla.metadata.split_plan import SplitPlan
+    from tests.launches import Launched, noted
 
-    launched: list[tuple[str, dict[str, Any]]] = []
+    launched: Launched = []
 
     def at(self: KernelLaunch, key: object, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
@@ -192,28 +187,14 @@ def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytes
     assert runner.memory()["query copy"] == 64 * 20 * 576 * 2
 
 
-class _Instant:
-    """A compiled kernel that notes what it was launched with."""
-
-    def __init__(self, launched: list[tuple[Any, ...]]) -> None:
-        self.launched = launched
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *arguments: self.launched.append(tuple(map(noted, arguments)))
-
-
 def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     if sm90.missing_names():
         pytest.skip(f"this Triton lacks {sm90.missing_names()}")
     from portable_mla.backends.nvidia.sm90_runner import Sm90Runner
     from portable_mla.metadata.split_plan import SplitPlan
+    from tests.launches import note_launches
 
-    launched: list[tuple[Any, ...]] = []
-
-    def first(self: KernelLaunch, key: Hashable, grid: object, *arguments: Any) -> None:
-        self._compiled[key] = _Instant(launched)
-
-    monkeypatch.setattr(KernelLaunch, "_first", first)
+    launched = note_launches(monkeypatch)
     runner = Sm90Runner(REQUEST, Tile(64, 64, 8, 2))
     device, memo = torch.device("cpu"), CallMemo()
     problem = build(Case((70, 5), heads=128, page_size=64))
@@ -225,11 +206,10 @@ def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(monk
         runner.run(DecodeInputs(q, cache, memo), out, lse, softmax_scale=0.1 * call)
         assert (memo.layout is None) == (call == 0), "the first launches compile"
         if call:
-            decode, combine = launched[-2:]
-            assert decode[0].base is q and decode[1].base is decode[2] is cache
-            assert decode[3] is plan.table_header and combine[0] is plan.token_slots
-            for kernel, arguments in ((runner._decode, decode), (runner._combine._launches["spread"], combine)):
-                given = dict(zip(kernel._kernel.arg_names, arguments, strict=True))
+            (_, decode), (_, combine) = launched[-2:]
+            assert decode["q_desc"].base is q and decode["kv_desc"].base is decode["kv_ptr"] is cache
+            assert decode["table_header_ptr"] is plan.table_header and combine["token_slots_ptr"] is plan.token_slots
+            for given in (decode, combine):
                 assert given["out_ptr"] is out and given["lse_ptr"] is lse
                 assert given.get("softmax_scale", 0.1 * call) == 0.1 * call
     assert memo.layout.q_desc.base is None and memo.layout.kv_desc.base is None

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from portable_mla.backend import CallMemo, DecodeInputs
 from portable_mla.cache_format import CacheFormat
-from portable_mla.launch import KernelLaunch
 from portable_mla.metadata import DecodeMetadata, Status
 from tests.cases import Case, Problem, build
 from tests.vendor_machine import request, shape
@@ -24,36 +20,16 @@ from portable_mla.backends.triton import runner as runner_module
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.metadata.split_plan import SplitPlan
+from tests.launches import Launched, note_launches
 
 CPU = torch.device("cpu")
 POINTERS, DESCRIPTORS = Tile(16, 64, 4, 3), Tile(16, 64, 4, 3, "descriptor")
 
 
-class _Instant:
-    """A compiled kernel that notes what it is launched with."""
-
-    def __init__(self, name: str, names: list[str], launched: list[tuple[str, dict[str, Any]]]) -> None:
-        self.name, self.names, self.launched = name, names, launched
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        def launch(*arguments: Any) -> None:
-            # A descriptor is of another cache in the next call.
-            now = [value if isinstance(value, Tensor) else copy.copy(value) for value in arguments]
-            self.launched.append((self.name, dict(zip(self.names, now, strict=True))))
-
-        return launch
-
-
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Launches, by kernel and argument; the first of each key compiles, and is none."""
-    found: list[tuple[str, dict[str, Any]]] = []
-
-    def first(self: KernelLaunch, key: Hashable, grid: object, *arguments: Any) -> None:
-        self._compiled[key] = _Instant(self._kernel.__name__, self._kernel.arg_names, found)
-
-    monkeypatch.setattr(KernelLaunch, "_first", first)
-    return found
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """Launches, by kernel and argument."""
+    return note_launches(monkeypatch)
 
 
 def planned(tile: Tile, problem: Problem, cache_format: CacheFormat = CacheFormat.bf16) -> tuple[TritonRunner, Any]:
@@ -65,9 +41,7 @@ def planned(tile: Tile, problem: Problem, cache_format: CacheFormat = CacheForma
 
 
 @pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=lambda tile: tile.loads)
-def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(
-    tile: Tile, launched: list[tuple[str, dict[str, Any]]]
-) -> None:
+def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(tile: Tile, launched: Launched) -> None:
     problem, memo = build(Case((70, 5), heads=16, page_size=64)), CallMemo()
     runner, metadata = planned(tile, problem)
     for call in range(4):
@@ -87,7 +61,7 @@ def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(
     assert all(descriptor is None or descriptor.base is None for descriptor in memo.layout.descriptors)
 
 
-def test_a_scale_at_another_alignment_is_another_layout(launched: list[tuple[str, dict[str, Any]]]) -> None:
+def test_a_scale_at_another_alignment_is_another_layout(launched: Launched) -> None:
     problem, memo = build(Case((70, 5), heads=16, page_size=64)), CallMemo()
     runner, _ = planned(POINTERS, problem, CacheFormat.fp8_e4m3)
     scales = torch.ones(8)
@@ -102,9 +76,7 @@ def test_a_scale_at_another_alignment_is_another_layout(launched: list[tuple[str
     assert layouts[4] is not layouts[1], "4 bytes further"
 
 
-def test_on_amd_where_a_storage_ends_is_asked_again(
-    launched: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_amd_where_a_storage_ends_is_asked_again(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "built_for_amd", lambda: True)
     ends: list[bool] = [True]
     monkeypatch.setattr(runner_module, "alignment", lambda *tensors: (len(tensors) == 5, *ends))
