@@ -73,6 +73,7 @@ from portable_mla.metadata.split_kernels import ITEM_FIELDS
 def sm90_decode_kernel(
     q_desc,  # descriptor of q as [tokens * HEADS, LATENT + ROPE], block [QUERY_ROWS, 64]
     kv_desc,  # descriptor of the cache as [rows, LATENT + ROPE], block [min(PAGE_SIZE, 64), 64]
+    box_desc,  # the same as [tiles of 64 columns, rows, 64], block [tiles of a box, 64, 64], where pages hold blocks
     kv_ptr,  # what kv_desc describes
     table_header_ptr,  # [3] int64: address of the page table, its row stride, tiles of a part
     part_indptr_ptr,  # [parts + 1] int32
@@ -97,6 +98,7 @@ def sm90_decode_kernel(
     BLOCK_Q: gl.constexpr,  # query tokens of a unit
     ROW_TILES: gl.constexpr,
     QUERY_ROWS: gl.constexpr,
+    BOXES: gl.constexpr,  # of half a block of keys
     LONG: gl.constexpr,  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
     DEPENDENT: gl.constexpr,  # may be launched before the kernel before it has ended
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups
@@ -106,8 +108,8 @@ def sm90_decode_kernel(
     pid = gl.program_id(0)
     part = pid // ROW_TILES
     work = Work(items_ptr, part_indptr_ptr + part, (pid % ROW_TILES) * BLOCK)
-    cache = Cache(kv_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
-    room = new_room(q_desc.dtype)
+    cache = Cache(kv_desc, box_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
+    room = new_room(q_desc.dtype, BOXES)
     results = Results(
         out_ptr, lse_ptr, partial_out_ptr, partial_stats_ptr, status_ptr, tokens, max_rows, stride_out_token,
         stride_out_head, stride_lse_token, stride_lse_head,

@@ -21,10 +21,12 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     load_once,
     meet,
     prefetch_bytes,
+    reinterpret,
     tma_load,
 )
 
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
+BOXES = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
 EVEN_USED, ODD_USED = gl.constexpr(1), gl.constexpr(2)
 
 
@@ -82,10 +84,18 @@ def _load_tile(kv_desc, rows, column, full, tile, once, PAGE_SIZE: gl.constexpr)
 
 
 @gluon.jit
-def _load_half(kv_desc, rows, FIRST: gl.constexpr, full, half, once, PAGE_SIZE: gl.constexpr):
-    for tile in gl.static_range(HALF // BLOCK):
-        part = half.index(0).slice(tile * BLOCK, BLOCK, 1)
-        _load_tile(kv_desc, rows, FIRST + tile * BLOCK, full[tile], part, once, PAGE_SIZE)
+def _load_half(cache, rows, FIRST: gl.constexpr, full, half, once, PAGE_SIZE: gl.constexpr):
+    """256 columns of a block, in as many boxes as there are mbarriers where pages hold whole blocks."""
+    TILES: gl.constexpr = HALF // BLOCK // len(full)
+    if PAGE_SIZE >= BLOCK:
+        boxes = reinterpret(half.index(0), [len(full), TILES, BLOCK, BLOCK], BOXES)
+        for box in gl.static_range(len(full)):
+            mbarrier.expect(full[box], TILES * TILE_BYTES)
+            _load_box(cache.boxes, [FIRST // BLOCK + box * TILES, rows[0], 0], full[box], boxes.index(box), once)
+    else:
+        for tile in gl.static_range(HALF // BLOCK):
+            part = half.index(0).slice(tile * BLOCK, BLOCK, 1)
+            _load_tile(cache.rows, rows, FIRST + tile * BLOCK, full[tile], part, once, PAGE_SIZE)
 
 
 @gluon.jit
@@ -167,7 +177,7 @@ def load_left(
                     _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
             if used & EVEN_USED:
                 meet(FREE_LEFT_0, RELEASE_THREADS)
-            _load_half(cache.rows, even, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
+            _load_half(cache, even, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
             odd = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
             if (used == EVEN_USED + ODD_USED) & ((step == 0) | loads_odd(item, step)):
                 meet(FREE_LEFT_1, RELEASE_THREADS)
@@ -178,7 +188,7 @@ def load_left(
             if loads_odd(item, step):
                 if used == 0:
                     mbarrier.wait(room.query_left_full, 0)
-                _load_half(cache.rows, odd, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
+                _load_half(cache, odd, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
                 used = used | ODD_USED
             if LONG:
                 _prefetch(cache, row_ptr, position - 2 * BLOCK, item, work.first_row, once, ROPE, PAGE_SIZE)
@@ -214,7 +224,7 @@ def load_right(
                 _load_query(q_desc, q_row, room.query, room.query_right_full, HALF, QUERY_ROWS)
             if used & EVEN_USED:
                 meet(FREE_RIGHT_0, RELEASE_THREADS)
-            _load_half(cache.rows, even, HALF, room.even.right_full, room.even.right, once, PAGE_SIZE)
+            _load_half(cache, even, HALF, room.even.right_full, room.even.right, once, PAGE_SIZE)
             if ROPE:
                 _load_tile(cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), once, PAGE_SIZE)
             odd = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
@@ -223,7 +233,7 @@ def load_right(
                     meet(FREE_RIGHT_1, RELEASE_THREADS)
                 if used == 0:
                     mbarrier.wait(room.query_right_full, 0)
-                _load_half(cache.rows, odd, HALF, room.odd.right_full, room.odd.right, once, PAGE_SIZE)
+                _load_half(cache, odd, HALF, room.odd.right_full, room.odd.right, once, PAGE_SIZE)
                 if ROPE:
                     _load_tile(cache.rows, odd, LATENT, room.odd.rope_full, room.odd.rope.index(0), once, PAGE_SIZE)
                 used = used | ODD_USED

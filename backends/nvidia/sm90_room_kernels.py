@@ -79,14 +79,16 @@ class Cache:
     """The paged cache as the loaders see it."""
 
     rows: tma.tensor_descriptor
+    boxes: tma.tensor_descriptor
     kv_ptr: gl.tensor
     table_header_ptr: gl.tensor
     page_rows: gl.tensor
     stride_slot: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, rows, kv_ptr, table_header_ptr, page_rows, stride_slot):
+    def __init__(self, rows, boxes, kv_ptr, table_header_ptr, page_rows, stride_slot):
         self.rows = rows
+        self.boxes = boxes
         self.kv_ptr = kv_ptr
         self.table_header_ptr = table_header_ptr
         self.page_rows = page_rows
@@ -184,21 +186,21 @@ def new_vector():
 
 
 @gluon.jit
-def new_block(DTYPE: gl.constexpr):
+def new_block(DTYPE: gl.constexpr, BOXES: gl.constexpr):
     """Room for one block of keys."""
     return KeyBlock(
-        new_tile(DTYPE, HALF), new_tile(DTYPE, HALF), new_tile(DTYPE, BLOCK), new_barriers(), new_barriers(),
+        new_tile(DTYPE, HALF), new_tile(DTYPE, HALF), new_tile(DTYPE, BLOCK), new_barriers(BOXES), new_barriers(BOXES),
         new_barrier(),
     )  # fmt: skip
 
 
 @gluon.jit
-def new_room(DTYPE: gl.constexpr):
+def new_room(DTYPE: gl.constexpr, BOXES: gl.constexpr):
     """In tiles of 8 KB: Q 8, two blocks of keys 18, weights 2. 225 KB with the vectors, of the 227 there are."""
     return Room(
-        new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_barrier(), new_block(DTYPE), new_block(DTYPE),
-        new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(), new_vector(), new_vector(),
-        new_vector(), new_vector(),
+        new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_barrier(), new_block(DTYPE, BOXES),
+        new_block(DTYPE, BOXES), new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(),
+        new_vector(), new_vector(), new_vector(), new_vector(),
     )  # fmt: skip
 
 

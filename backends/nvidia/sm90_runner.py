@@ -28,6 +28,7 @@ from portable_mla.shape import Request
 BLOCK = 64  # rows of a program, keys of a block, columns of a TMA box
 ALIGNMENT = 16  # bytes, of every address and stride that TMA takes
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # what TMA writes and wgmma reads
+BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=BLOCK, num_warps=4, num_stages=1)
 
 
@@ -56,6 +57,7 @@ class Sm90Runner:
         self.partials = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
         constants = self.decode_constants()
         self._query_box: int = constants["QUERY_ROWS"]
+        self._boxes: int = constants["BOXES"]
         self._decode = KernelLaunch(sm90_decode_kernel, constants, rewriting)
         self._combine = Combine(request, self.plan_shape.parts, narrow=narrow, dependent=self._tile.dependent)
         self._portable = PortablePath(request, portable)
@@ -94,14 +96,15 @@ class Sm90Runner:
             return
         plan, partials, cache = self._metadata.split_plan, self._partial_tensors, inputs.kv_cache
         assert plan is not None, "asked for in needs()"
-        q_desc, kv_desc = layout.q_desc, layout.kv_desc
+        q_desc, kv_desc, box_desc = layout.q_desc, layout.kv_desc, layout.box_desc
         q_desc.base, kv_desc.base = self._dense(inputs.q) if layout.copied_q else inputs.q, cache
+        box_desc.base = cache
         layout.decode(
-            q_desc, kv_desc, cache, plan.table_header, plan.part_indptr, plan.items, out, lse, *partials,
+            q_desc, kv_desc, box_desc, cache, plan.table_header, plan.part_indptr, plan.items, out, lse, *partials,
             self._metadata.status.words, softmax_scale, *layout.sizes, self._rows, *layout.results,
         )  # fmt: skip
         layout.combine(plan.token_slots, *partials, out, lse, self._shape.heads, self._rows, *layout.results)
-        q_desc.base = kv_desc.base = None  # a kept one would outlive the tensor
+        q_desc.base = kv_desc.base = box_desc.base = None  # a kept one would outlive the tensor
 
     def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> _Layout | None:
         """The layout of a call that is like none before, remembered once both kernels are compiled; None for a cache
@@ -120,7 +123,8 @@ class Sm90Runner:
         decode, combine = self._decode.at(key, self._grid), self._combine.at(key, tokens)
         copied = not _is_rows(q)
         q_desc, kv_desc = self._query_rows(self._dense(q) if copied else q), _cache_rows(cache, rows)
-        layout = _Layout(q_desc, kv_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
+        box_desc = _cache_boxes(cache, rows, self._boxes) if self._boxes < 4 else kv_desc
+        layout = _Layout(q_desc, kv_desc, box_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
         if decode is self._decode.at(key, self._grid) and combine is self._combine.at(key, tokens):
             inputs.remember(layout)  # a first launch, which compiles, is another each time
         return layout
@@ -132,6 +136,7 @@ class Sm90Runner:
             "HEADS": shape.heads, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
             "BLOCK_Q": self.plan_shape.block_q, "ROW_TILES": row_tiles(self._rows, _ROWS_AND_KEYS),
             "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK),
+            "BOXES": tile.boxes if shape.page_size >= BLOCK else 4,
             "DEPENDENT": tile.early,
             "LONG": tile.long if shape.page_size >= BLOCK else 0,  # loaders of small pages would spill
             "REGISTERS": tile.registers, "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
@@ -156,6 +161,7 @@ class _Layout(NamedTuple):
 
     q_desc: TensorDescriptor
     kv_desc: TensorDescriptor
+    box_desc: TensorDescriptor
     copied_q: bool
     decode: Callable[..., None]
     combine: Callable[..., None]
@@ -191,6 +197,14 @@ def page_rows(cache: Tensor) -> int:
 def _cache_rows(cache: Tensor, step: int) -> TensorDescriptor:
     pages, page_size, _ = cache.shape
     return _rows_of(cache, (pages - 1) * step + page_size, _outer_strides(cache)[1], min(page_size, BLOCK))
+
+
+def _cache_boxes(cache: Tensor, step: int, boxes: int) -> TensorDescriptor:
+    """The cache's columns in tiles of 64, whose rows follow one another."""
+    pages, page_size, width = cache.shape
+    rows, stride = (pages - 1) * step + page_size, _outer_strides(cache)[1]
+    shape, strides = [width // BLOCK, rows, BLOCK], [BLOCK, stride, 1]
+    return TensorDescriptor(cache, shape, strides, [4 // boxes, BLOCK, BLOCK], BOX_LAYOUT)
 
 
 def _rows_of(tensor: Tensor, rows: int, stride: int, box: int) -> TensorDescriptor:

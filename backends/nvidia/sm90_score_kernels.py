@@ -25,8 +25,8 @@ def zero_tail(half, full, phase, valid):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
     strips = reinterpret(half.index(0), [BLOCK * HALF // (STRIP * BLOCK), STRIP, BLOCK], STRIPS)
-    for tile in gl.static_range(HALF // BLOCK):
-        mbarrier.wait(full[tile], phase)
+    for box in gl.static_range(len(full)):
+        mbarrier.wait(full[box], phase)
     for strip in range(gl.maximum(valid, 0) // STRIP, BLOCK // STRIP):
         for tile in gl.static_range(HALF // BLOCK):
             part = strips.index(tile * (BLOCK // STRIP) + strip)
@@ -50,9 +50,11 @@ def mask(scores, position, item, first_row, HEADS: gl.constexpr, BLOCK_Q: gl.con
 
 @gluon.jit
 def score_half(query, keys, full, phase, scores, FIRST: gl.constexpr):
-    """Adds Q K^T over 256 columns, each 64 of them as soon as they have landed. Left in flight."""
-    for tile in gl.static_range(HALF // BLOCK):
-        mbarrier.wait(full[tile], phase)
+    """Adds Q K^T over 256 columns, each box of them as soon as it has landed. Left in flight."""
+    TILES: gl.constexpr = HALF // BLOCK
+    for tile in gl.static_range(TILES):
+        if tile % (TILES // len(full)) == 0:
+            mbarrier.wait(full[tile // (TILES // len(full))], phase)
         columns = keys.slice(tile * BLOCK, BLOCK, 1).permute((1, 0))
         scores = warpgroup_mma(
             query.slice(tile * BLOCK, BLOCK, 1), columns, scores, use_acc=not (FIRST and tile == 0), is_async=True

@@ -139,6 +139,11 @@ def new_barrier():
 
 
 @gluon.jit
-def new_barriers():
-    """One mbarrier for each 64 columns of half a block."""
-    return (new_barrier(), new_barrier(), new_barrier(), new_barrier())
+def new_barriers(BOXES: gl.constexpr):
+    """An mbarrier for each box that half a block is loaded in."""
+    if BOXES == 1:
+        return (new_barrier(),)
+    elif BOXES == 2:
+        return (new_barrier(), new_barrier())
+    else:
+        return (new_barrier(), new_barrier(), new_barrier(), new_barrier())
