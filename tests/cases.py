@@ -177,6 +177,18 @@ def _split_skew(case: Case, kv_len: int, q: Tensor, rng: torch.Generator) -> Ten
     return rows
 
 
+def _heavy(case: Case, kv_len: int, q: Tensor, rng: torch.Generator) -> Tensor:
+    """A token in the middle that has 2**3 to 2**7 times the weight of those at both ends, and all others none: rounding
+    its weight shows, whichever way a kernel walks."""
+    rows = torch.randn(kv_len, case.latent_dim + case.rope_dim, generator=rng)
+    q.zero_()
+    q[..., -1] = torch.linspace(1, 2, case.heads)
+    rows[:, -1] = -200
+    rows[:1, -1] = rows[-1:, -1] = 0
+    rows[kv_len // 2 : kv_len // 2 + 1, -1] = 40
+    return rows
+
+
 def _extreme(sign: float) -> Content:
     """Logits near +-1e5, exact in float32, so that only a finite stand-in for infinity can go wrong."""
 
@@ -219,6 +231,7 @@ CONTENTS: dict[str, Content] = {
     "iid": _iid,
     "needle": _needle,
     "split_skew": _split_skew,
+    "heavy": _heavy,
     "neg_extreme": _extreme(-1.0),
     "pos_extreme": _extreme(1.0),
     "ties": _ties,

@@ -104,6 +104,17 @@ def test_m5_the_number_of_splits_does_not_change_the_result(target: Target, unit
     acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=units)))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("max_query_len", [1, 3])
+def test_a_token_that_outweighs_those_before_it_in_one_piece(target: Target, dtype: str, max_query_len: int) -> None:
+    lens = (700, 129, 64, 1000, 257)
+    case = Case(lens, heads=20, page_size=64, content="heavy", dtype=dtype, max_query_len=max_query_len)
+    if not target.accepts(case):
+        pytest.skip(f"{target} refuses {case}")
+    problem = target.build(case)
+    acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=1)))
+
+
 @pytest.mark.parametrize("kv_len", [1, 15, 17, 127, 129, 511, 513, 5000, 20011])
 @pytest.mark.parametrize("max_query_len", [1, 8])
 def test_a_lone_request_is_split_anywhere(target: Target, kv_len: int, max_query_len: int) -> None:

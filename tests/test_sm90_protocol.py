@@ -39,7 +39,7 @@ def take_query(room: Room, item: int) -> Role:
 
 def weigh_even(room: Room, key: object) -> Role:
     """The even block's weights, and the left warpgroup's product with them."""
-    yield room.write("max0", key)
+    yield room.write("level0", key)
     yield room.write("weights0", key)
     yield room.arrive("weights0")
     yield room.begin("left0", key)
@@ -78,8 +78,8 @@ def left(room: Room, items: list[int]) -> Role:
                 yield room.arrive("query")
             yield from weigh_even(room, key)
             yield from room.meet("left", "weights1", COMPUTE)
-            yield room.begin("max1", key)
-            yield room.end("max1")
+            yield room.begin("level1", key)
+            yield room.end("level1")
             yield room.begin("weights1", key)
             yield room.begin("left1", key)
         if pairs:
@@ -87,10 +87,11 @@ def left(room: Room, items: list[int]) -> Role:
             yield room.end("left1")
             yield room.arrive("free_left1")
         yield room.write("sum0", item)
+        yield room.write("gain0", item)
         yield room.write("peak0", item)
         yield room.arrive("weights0")
         yield from room.meet("left", "weights1", COMPUTE)
-        for buffer in ("sum1", "peak1"):
+        for buffer in ("sum1", "gain1", "peak1"):
             yield room.begin(buffer, item)
             yield room.end(buffer)
 
@@ -105,7 +106,7 @@ def right(room: Room, items: list[int]) -> Role:
             yield from room.meet("right", "weights0", COMPUTE)
             if not pairs:
                 yield room.arrive("query")
-            for buffer in ("max0", "weights0", "right0"):
+            for buffer in ("level0", "weights0", "right0"):
                 yield room.begin(buffer, key)
                 yield room.end(buffer)
             yield room.arrive("free_right0")
@@ -122,15 +123,15 @@ def right(room: Room, items: list[int]) -> Role:
             key = (item, pair)
             yield from scores(room, item, key, count, ("right1", "left1"))
             yield from room.meet("right", "weights0", COMPUTE)
-            yield room.begin("max0", key)
-            yield room.end("max0")
+            yield room.begin("level0", key)
+            yield room.end("level0")
             for buffer in (*QUERY, "right1", "left1"):
                 yield room.end(buffer)
             if pair == pairs - 1:
                 yield room.arrive("query")
             yield room.begin("weights0", key)
             yield room.begin("right0", key)
-            yield room.write("max1", key)
+            yield room.write("level1", key)
             yield room.write("weights1", key)
             yield room.arrive("weights1")
             if room.fault == "early release":
@@ -143,13 +144,14 @@ def right(room: Room, items: list[int]) -> Role:
             yield room.end("right1")
             yield room.arrive("free_right1")
         yield room.write("sum1", item)
+        yield room.write("gain1", item)
         yield room.write("peak1", item)
         if room.fault == "arrive before meeting":
             yield room.arrive("weights1")
         yield from room.meet("right", "weights0", COMPUTE)
         if room.fault != "arrive before meeting":
             yield room.arrive("weights1")
-        for buffer in ("sum0", "peak0"):
+        for buffer in ("sum0", "gain0", "peak0"):
             yield room.begin(buffer, item)
             yield room.end(buffer)
 

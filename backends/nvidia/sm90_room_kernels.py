@@ -46,17 +46,19 @@ class Room:
     odd: KeyBlock
     weights0: gl.shared_memory_descriptor  # [1, 64, 64]
     weights1: gl.shared_memory_descriptor
-    max0: gl.shared_memory_descriptor  # [64] float32
-    max1: gl.shared_memory_descriptor
+    level0: gl.shared_memory_descriptor  # [64] float32
+    level1: gl.shared_memory_descriptor
     sum0: gl.shared_memory_descriptor
     sum1: gl.shared_memory_descriptor
+    gain0: gl.shared_memory_descriptor
+    gain1: gl.shared_memory_descriptor
     peak0: gl.shared_memory_descriptor
     peak1: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_left_full, query_right_full, query_rope_full, even, odd, weights0, weights1, max0, max1,
-        sum0, sum1, peak0, peak1,
+        self, query, query_left_full, query_right_full, query_rope_full, even, odd, weights0, weights1, level0,
+        level1, sum0, sum1, gain0, gain1, peak0, peak1,
     ):  # fmt: skip
         self.query = query
         self.query_left_full = query_left_full
@@ -66,10 +68,12 @@ class Room:
         self.odd = odd
         self.weights0 = weights0
         self.weights1 = weights1
-        self.max0 = max0
-        self.max1 = max1
+        self.level0 = level0
+        self.level1 = level1
         self.sum0 = sum0
         self.sum1 = sum1
+        self.gain0 = gain0
+        self.gain1 = gain1
         self.peak0 = peak0
         self.peak1 = peak1
 
@@ -200,7 +204,7 @@ def new_room(DTYPE: gl.constexpr, BOXES: gl.constexpr):
     return Room(
         new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_barrier(), new_block(DTYPE, BOXES),
         new_block(DTYPE, BOXES), new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(),
-        new_vector(), new_vector(), new_vector(), new_vector(),
+        new_vector(), new_vector(), new_vector(), new_vector(), new_vector(), new_vector(),
     )  # fmt: skip
 
 

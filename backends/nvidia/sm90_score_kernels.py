@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
 from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF
-from portable_mla.backends.nvidia.sm90_sync_kernels import opaque, reinterpret, synchronize
+from portable_mla.backends.nvidia.sm90_sync_kernels import multiply_unless_one, opaque, reinterpret, synchronize
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
@@ -14,6 +14,7 @@ ACC_ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 SCORES_KEY = gl.constexpr(gl.SliceLayout(0, SCORES.value))
 QUERY_OPERAND = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
 WEIGHTS_OPERAND = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
+ACC_VALUES = gl.constexpr(128)  # of a thread
 STRIP = gl.constexpr(16)  # rows
 STRIPS = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 
@@ -85,5 +86,5 @@ def wait_query(room, query_phase, ROPE: gl.constexpr):
 
 @gluon.jit
 def rescale(acc, factor):
-    """Multiply each row."""
-    return acc * gl.convert_layout(factor, ACC_ROW)[:, None]
+    """Multiply each row, where a warp has one whose factor is not 1."""
+    return multiply_unless_one(acc, gl.convert_layout(factor, ACC_ROW)[:, None], ACC_VALUES)

@@ -12,23 +12,47 @@ from triton.experimental.gluon import language as gl
 
 from portable_mla.backends.nvidia.sm90_sync_kernels import multiply
 
+MOST_LOG2 = gl.constexpr(8.0)
+
+
+@gluon.jit
+def raise_level(level, largest, scale):
+    """What the next weights are relative to: the largest score so far, or an older one while weights stay below 2**8,
+    for sums of a level that stays need no rescaling."""
+    return gl.where((largest - level) * scale > MOST_LOG2, largest, level)
+
 
 @gluon.jit
 def weigh(scores, log2_max, scale):
-    """Weights of unscaled scores relative to a maximum that was multiplied by scale and rounded."""
+    """Weights of unscaled scores relative to a maximum or level that was multiplied by scale and rounded."""
     return gl.exp2(scores * scale - log2_max[:, None])
 
 
 @gluon.jit
-def growth(row_max, higher, scale):
-    """What sums relative to row_max are in units of a higher one; both unscaled."""
-    return gl.exp2(multiply(row_max, scale) - multiply(higher, scale))
+def growth(level, higher, scale):
+    """What sums relative to a level are in units of a higher one; both unscaled."""
+    return gl.exp2(multiply(level, scale) - multiply(higher, scale))
 
 
 @gluon.jit
-def normaliser(row_max, log2_max, row_sum, scale, DTYPE: gl.constexpr):
-    """What a row's sum of values is multiplied by, 1 for a row that saw no key. log2_max: row_max, unscaled, multiplied
-    by scale and rounded; DTYPE: what weights are rounded to."""
-    largest = gl.exp2(row_max * scale - log2_max)
-    kept = largest.to(DTYPE).to(gl.float32) / largest
-    return gl.where(row_sum == 0.0, gl.full_like(row_sum, 1.0), 1.0 / (row_sum * kept))
+def _kept(level, log2_level, scale, DTYPE: gl.constexpr):
+    """What rounding to DTYPE leaves of the weight of a score that is the level."""
+    weight = gl.exp2(level * scale - log2_level)
+    return weight.to(DTYPE).to(gl.float32) / weight
+
+
+@gluon.jit
+def rounding_gain(largest, level, scale, DTYPE: gl.constexpr):
+    """What rounding adds to the weight of the largest score, which may be above the level: beside what it leaves of all
+    of the level, which `normaliser` knows."""
+    log2_level = multiply(level, scale)
+    weight = gl.exp2(largest * scale - log2_level)
+    return weight.to(DTYPE).to(gl.float32) - weight * _kept(level, log2_level, scale, DTYPE)
+
+
+@gluon.jit
+def normaliser(level, log2_level, row_sum, scale, DTYPE: gl.constexpr, gain=0.0):
+    """What a row's sum of values is multiplied by, 1 for a row that saw no key. log2_level: the level (or maximum),
+    unscaled, multiplied by scale and rounded; DTYPE: what weights are rounded to; gain: `rounding_gain`."""
+    kept = _kept(level, log2_level, scale, DTYPE)
+    return gl.where(row_sum == 0.0, gl.full_like(row_sum, 1.0), 1.0 / (row_sum * kept + gain))

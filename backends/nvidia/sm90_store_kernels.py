@@ -72,19 +72,19 @@ def hear_peak(peak, slot, vector, results):
 
 
 @gluon.jit
-def _store_stats(log2_max, row_sum, row, valid, slot, query_start, results, HEADS: gl.constexpr):
-    """LSE of a whole unit, or maximum and sum of a piece: their logarithm would lose the sum's digits."""
+def _store_stats(log2_level, row_sum, row, valid, slot, query_start, results, HEADS: gl.constexpr):
+    """LSE of a whole unit, or level and sum of a piece: their logarithm would lose the sum's digits."""
     if slot < 0:
         token = query_start + row // HEADS
         lse_row = token.to(gl.int64) * results.stride_lse_token + (row % HEADS).to(gl.int64) * results.stride_lse_head
         empty = row_sum == 0.0
-        log2_sum = log2_max + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
+        log2_sum = log2_level + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
         lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
         gl.store(results.lse_ptr + lse_row, lse, mask=valid)
     else:
         STATS: gl.constexpr = WIDE_STATS if results.partial_out_ptr.dtype.element_ty == gl.float32 else NARROW_STATS
         stats_ptr = results.partial_stats_ptr + STATS * (slot.to(gl.int64) * results.max_rows + row)
-        gl.store(stats_ptr, log2_max, mask=valid)
+        gl.store(stats_ptr, log2_level, mask=valid)
         gl.store(stats_ptr + 1, row_sum, mask=valid)
 
 
@@ -174,7 +174,7 @@ def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST
 
 @gluon.jit
 def store_item(
-    acc, row_max, row_sum, scale, peak, slot, work, index, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
+    acc, level, row_sum, gain, scale, peak, slot, work, index, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
     HEADS: gl.constexpr,
 ):  # fmt: skip
     """Normalises and writes columns FIRST..FIRST + 255; the left warpgroup also writes what the rows summed to.
@@ -186,14 +186,14 @@ def store_item(
     query_start = gl.load(item_ptr + 5)
     query_end = query_start + gl.load(item_ptr + 6)
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
-    log2_max = multiply(row_max, scale)
-    norm = gl.convert_layout(normaliser(row_max, log2_max, row_sum, scale, DTYPE), ACC_ROW)
+    log2_level = multiply(level, scale)
+    norm = gl.convert_layout(normaliser(level, log2_level, row_sum, scale, DTYPE, gain), ACC_ROW)
     if results.partial_out_ptr.dtype.element_ty == gl.float32:
         _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST, HEADS)
     else:
         _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST, HEADS)
     if FIRST == 0:
         row = work.first_row + gl.arange(0, BLOCK, SCORES_ROW)
-        _store_stats(log2_max, row_sum, row, row < rows, slot, query_start, results, HEADS)
+        _store_stats(log2_level, row_sum, row, row < rows, slot, query_start, results, HEADS)
         if query_end > results.tokens:
             _report_missing(results, gl.load(item_ptr), query_end)

@@ -99,6 +99,26 @@ def multiply(left, right, _semantic=None):
 
 
 @core.extern
+def multiply_unless_one(values, factor, count, _semantic=None):
+    """Products of float32 values and their row's factor; a warp whose factors are all 1 branches around them.
+
+    count: values of a thread, of which the first four are of all its rows.
+    """
+    count = _number(count)
+    kept = " ".join(f"mov.f32 ${i}, ${count + i};" for i in range(count))
+    other = " ".join(f"setp.neu.or.f32 p, ${2 * count + i}, 0f3F800000, p;" for i in range(1, 4))
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    text = (
+        f"{{ .reg .pred p; {kept} setp.neu.f32 p, ${2 * count}, 0f3F800000; {other} "
+        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE; {products} DONE: }}"
+    )
+    return core.inline_asm_elementwise(
+        text, ",".join(["=&f"] * count + ["f"] * 2 * count), [values, factor], dtype=core.float32, is_pure=False,
+        pack=count, _semantic=_semantic,
+    )  # fmt: skip
+
+
+@core.extern
 def pack_pairs(left, right, dtype, _semantic=None):
     """Pairs of float32 values rounded to bfloat16 or float16, as int32: the left one is stored first."""
     name = {"bf16": "bf16x2", "fp16": "f16x2"}[core._unwrap_if_constexpr(dtype).name]

@@ -18,7 +18,7 @@ class Sm90Tile:
     long: int = 0  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
-    boxes: int = 1  # TMA loads of half a block
+    boxes: int = 2  # TMA loads of half a block
     narrow: bool = True  # partial results of bfloat16 are float16, in units of their row's peak
     early: bool = True  # a program sets itself up while the kernel before ends
     dependent: bool = True  # the combine starts while the last programs decode

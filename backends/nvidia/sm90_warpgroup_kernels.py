@@ -21,7 +21,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     wait_query,
     zero_tail,
 )
-from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, weigh
+from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, raise_level, rounding_gain, weigh
 from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, read_slot, store_item, tell_peak
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
@@ -43,24 +43,26 @@ from portable_mla.backends.triton.decode_kernels import START_MAX
 
 
 @gluon.jit
-def _weigh_even(room, zero, scores, row_max, scale):
-    """Softmax of the even block, told to the right warpgroup: weights, the same rounded, and the new maximum."""
-    even_max = gl.maximum(row_max, gl.max(scores, 1))
-    weights = weigh(scores, multiply(even_max, scale), scale)
+def _weigh_even(room, zero, scores, level, largest, scale):
+    """Softmax of the even block, told to the right warpgroup: weights, the same rounded, the new level, and the largest
+    score of all even blocks."""
+    block_largest = gl.max(scores, 1)
+    even_level = raise_level(level, block_largest, scale)
+    weights = weigh(scores, multiply(even_level, scale), scale)
     rounded = weights.to(room.weights0.dtype)
-    room.max0.store(even_max)
+    room.level0.store(even_level)
     room.weights0.index(zero).store(rounded)
     fence_async_shared()
     arrive(WEIGHTS_0, PAIR_THREADS)
-    return weights, rounded, even_max
+    return weights, rounded, even_level, gl.maximum(largest, block_largest)
 
 
 @gluon.jit
-def _fold_left(room, scores, acc, row_max, row_sum, scale):
+def _fold_left(room, scores, acc, level, largest, row_sum, scale):
     """Softmax of the even block, both blocks' share of columns 0..255; the odd block's product is left in flight."""
     zero = opaque(0)
-    weights, rounded, even_max = _weigh_even(room, zero, scores, row_max, scale)
-    factor = growth(row_max, even_max, scale)
+    weights, rounded, even_level, largest = _weigh_even(room, zero, scores, level, largest, scale)
+    factor = growth(level, even_level, scale)
     acc = rescale(acc, factor)
     operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
     acc = warpgroup_mma(operand, room.even.left.index(zero), acc, is_async=True)
@@ -69,12 +71,12 @@ def _fold_left(room, scores, acc, row_max, row_sum, scale):
     arrive(FREE_LEFT_0, RELEASE_THREADS)
 
     meet(WEIGHTS_1, PAIR_THREADS)
-    row_max = room.max1.load(SCORES_ROW)
-    factor = growth(even_max, row_max, scale)
+    level = room.level1.load(SCORES_ROW)
+    factor = growth(even_level, level, scale)
     row_sum = row_sum * factor
     acc = rescale(acc, factor)
     acc = warpgroup_mma(room.weights1.index(zero), room.odd.left.index(zero), acc, is_async=True)
-    return acc, row_max, row_sum
+    return acc, level, largest, row_sum
 
 
 @gluon.jit
@@ -91,17 +93,17 @@ def _score_even(room, q_rope, phase, ROPE: gl.constexpr):
 
 
 @gluon.jit
-def _lone_left(room, scores, acc, row_max, scale):
+def _lone_left(room, scores, acc, level, largest, scale):
     """Softmax of a lone block, and its share of columns 0..255."""
     zero = opaque(0)
-    weights, rounded, row_max = _weigh_even(room, zero, scores, row_max, scale)
+    weights, rounded, level, largest = _weigh_even(room, zero, scores, level, largest, scale)
     operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
     acc = warpgroup_mma(operand, room.even.left.index(zero), acc, is_async=True)
     row_sum = gl.sum(weights, 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     arrive(FREE_LEFT_0, RELEASE_THREADS)
     meet(WEIGHTS_1, PAIR_THREADS)  # nobody arrives at WEIGHTS_0 twice before the right warpgroup has met it
-    return acc, row_max, row_sum
+    return acc, level, largest, row_sum
 
 
 @gluon.jit
@@ -117,7 +119,8 @@ def left_warpgroup(
     query_phase = 0
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
         item = read_item(work, index, HEADS)
-        row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
         acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
         if item.pairs + item.lone > 0:
@@ -131,7 +134,7 @@ def left_warpgroup(
                     scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
                     if position + BLOCK > item.kv_end:
                         zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
-                acc, row_max, row_sum = _lone_left(room, scores, acc, row_max, scale)
+                acc, level, largest, row_sum = _lone_left(room, scores, acc, level, largest, scale)
                 phase ^= 1
             if item.pairs > 0:
                 q_rope = wait_query(room, query_phase, ROPE)
@@ -140,7 +143,7 @@ def left_warpgroup(
                 if position + 2 * BLOCK > item.all_see:
                     scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
                 for _ in range(item.pairs - 1):
-                    acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
+                    acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                     phase ^= 1
                     position -= 2 * BLOCK
                     query = room.query.index(opaque(0))
@@ -156,29 +159,34 @@ def left_warpgroup(
                     if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
                         scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
                 arrive(FREE_QUERY, QUERY_THREADS)
-                acc, row_max, row_sum = _fold_left(room, scores, acc, row_max, row_sum, scale)
+                acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                 phase ^= 1
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 arrive(FREE_LEFT_1, RELEASE_THREADS)
             query_phase ^= 1
             slot = read_slot(work, index)
             room.sum0.store(row_sum)
+            gain = rounding_gain(largest, level, scale, room.weights0.dtype)
+            room.gain0.store(gain)
             peak = tell_peak(acc, slot, room.peak0, results)
             arrive(WEIGHTS_0, PAIR_THREADS)
             meet(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum1.load(SCORES_ROW)
+            gain += room.gain1.load(SCORES_ROW)
             peak = hear_peak(peak, slot, room.peak1, results)
-            store_item(acc, row_max, row_sum, scale, peak, slot, work, index, results, room.weights0.dtype, 0, HEADS)
+            store_item(
+                acc, level, row_sum, gain, scale, peak, slot, work, index, results, room.weights0.dtype, 0, HEADS
+            )
 
 
 @gluon.jit
 def _fold_right(
-    room, q_rope, item, first_row, position, last, acc, row_max, row_sum, scale, phase, HEADS: gl.constexpr,
-    ROPE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    room, q_rope, item, first_row, position, last, acc, level, largest, row_sum, scale, phase,
+    HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of the odd block, both blocks' share of columns 256..511.
 
-    The even block's weights come as they are, relative to that block's own maximum, so that their product runs behind
+    The even block's weights come as they are, relative to that block's own level, so that their product runs behind
     the odd block's scores instead of after their softmax, and the even block is let go of that much earlier.
     """
     zero = opaque(0)
@@ -190,30 +198,32 @@ def _fold_right(
     scores = score_half(query.slice(0, HALF, 1), odd.left.index(zero), odd.left_full, phase, scores, False)
 
     meet(WEIGHTS_0, PAIR_THREADS)
-    even_max = room.max0.load(SCORES_ROW)
+    even_level = room.level0.load(SCORES_ROW)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     if last:
         arrive(FREE_QUERY, QUERY_THREADS)
     if position + 2 * BLOCK > item.all_see:
         scores = mask(scores, position + BLOCK, item, first_row, HEADS, BLOCK_Q)
-    acc = rescale(acc, growth(row_max, even_max, scale))
+    acc = rescale(acc, growth(level, even_level, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
-    odd_max = gl.maximum(even_max, gl.max(scores, 1))
-    weights = weigh(scores, multiply(odd_max, scale), scale)
+    block_largest = gl.max(scores, 1)
+    largest = gl.maximum(largest, block_largest)
+    odd_level = raise_level(even_level, block_largest, scale)
+    weights = weigh(scores, multiply(odd_level, scale), scale)
     rounded = weights.to(room.weights0.dtype)
-    room.max1.store(odd_max)
+    room.level1.store(odd_level)
     room.weights1.index(zero).store(rounded)
     fence_async_shared()
     arrive(WEIGHTS_1, PAIR_THREADS)
-    row_sum = row_sum * growth(row_max, odd_max, scale) + gl.sum(weights, 1)
+    row_sum = row_sum * growth(level, odd_level, scale) + gl.sum(weights, 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     arrive(FREE_RIGHT_0, RELEASE_THREADS)
-    acc = rescale(acc, growth(even_max, odd_max, scale))
+    acc = rescale(acc, growth(even_level, odd_level, scale))
     operand = gl.convert_layout(rounded, WEIGHTS_OPERAND)
     acc = warpgroup_mma(operand, room.odd.right.index(zero), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     arrive(FREE_RIGHT_1, RELEASE_THREADS)
-    return acc, odd_max, row_sum
+    return acc, odd_level, largest, row_sum
 
 
 @gluon.jit
@@ -221,12 +231,12 @@ def _lone_right(room, acc):
     """The lone block's share of columns 256..511."""
     zero = opaque(0)
     meet(WEIGHTS_0, PAIR_THREADS)
-    row_max = room.max0.load(SCORES_ROW)
+    level = room.level0.load(SCORES_ROW)
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     arrive(FREE_RIGHT_0, RELEASE_THREADS)
     arrive(WEIGHTS_1, PAIR_THREADS)
-    return acc, row_max
+    return acc, level
 
 
 @gluon.jit
@@ -239,7 +249,8 @@ def right_warpgroup(
     query_phase = 0
     for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
         item = read_item(work, index, HEADS)
-        row_max = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
+        largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
         acc = gl.zeros([BLOCK, HALF], gl.float32, ACC)
         if item.pairs + item.lone > 0:
@@ -247,7 +258,7 @@ def right_warpgroup(
             if item.lone > 0:
                 if position + BLOCK > item.kv_end:
                     zero_tail(room.even.right, room.even.right_full, even_phase, item.kv_end - position)
-                acc, row_max = _lone_right(room, acc)
+                acc, level = _lone_right(room, acc)
                 if item.pairs == 0:
                     arrive(FREE_QUERY, QUERY_THREADS)  # Q has landed: the loaders have met this barrier's last opening
                 even_phase ^= 1
@@ -260,18 +271,23 @@ def right_warpgroup(
                 for step in range(item.pairs):
                     position -= 2 * BLOCK
                     last = step == item.pairs - 1
-                    acc, row_max, row_sum = _fold_right(
-                        room, q_rope, item, work.first_row, position, last, acc, row_max, row_sum, scale, phase,
-                        HEADS, ROPE, BLOCK_Q,
+                    acc, level, largest, row_sum = _fold_right(
+                        room, q_rope, item, work.first_row, position, last, acc, level, largest, row_sum, scale,
+                        phase, HEADS, ROPE, BLOCK_Q,
                     )  # fmt: skip
                     phase ^= 1
                     even_phase ^= 1
             query_phase ^= 1
             slot = read_slot(work, index)
             room.sum1.store(row_sum)
+            gain = rounding_gain(largest, level, scale, room.weights0.dtype)
+            room.gain1.store(gain)
             peak = tell_peak(acc, slot, room.peak1, results)
             meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
             arrive(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum0.load(SCORES_ROW)
+            gain += room.gain0.load(SCORES_ROW)
             peak = hear_peak(peak, slot, room.peak0, results)
-            store_item(acc, row_max, row_sum, scale, peak, slot, work, index, results, room.weights0.dtype, HALF, HEADS)
+            store_item(
+                acc, level, row_sum, gain, scale, peak, slot, work, index, results, room.weights0.dtype, HALF, HEADS
+            )
