@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT
-from portable_mla.backends.nvidia.sm90_score_kernels import ACC_ROW, SCORES_ROW
+from portable_mla.backends.nvidia.sm90_score_kernels import ACC, ACC_ROW, SCORES_ROW
 from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser
 from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque, pack_pairs
 from portable_mla.backends.triton.combine_kernels import NARROW_STATS, WIDE_STATS
@@ -118,9 +118,8 @@ def _piece_rows(row, slot, results):
 @gluon.jit
 def _store_pairs(bits, base_ptr, row_start, row, rows, FIRST: gl.constexpr):
     """Pairs of 16-bit values to rows that begin row_start values behind base_ptr."""
-    # one exchange after the other: both at once would go through shared memory, which is full
-    bits = gl.convert_layout(gl.convert_layout(bits, PAIRS_OF_2), PAIRS_OF_4)
-    pair = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_OF_4))
+    bits = gl.convert_layout(bits, PAIRS_OF_2)
+    pair = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_OF_2))
     pair_ptr = base_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (row_start // 2)[:, None]
     gl.store(pair_ptr + pair[None, :].to(gl.int64), bits, mask=(row < rows)[:, None])
 
@@ -133,7 +132,7 @@ def _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST: gl.con
     if slot < 0:
         left, right = _pairs(acc)
         bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
-        row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_4))
+        row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
         _store_pairs(bits, results.out_ptr, _whole_rows(row, query_start, results, HEADS), row, rows, FIRST)
     else:
         _store_floats(acc, first_row, rows, slot, results, FIRST)
@@ -142,11 +141,11 @@ def _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST: gl.con
 @gluon.jit
 def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
     """A partial result in float32."""
-    row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, COLUMNS_OF_4))
-    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, COLUMNS_OF_4))
+    row = first_row + gl.arange(0, BLOCK, ACC_ROW)
+    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ACC))
     piece_row = _piece_rows(row, slot, results)
     partial_ptr = results.partial_out_ptr + piece_row[:, None] + column[None, :].to(gl.int64)
-    gl.store(partial_ptr, gl.convert_layout(acc, COLUMNS_OF_4), mask=(row < rows)[:, None])
+    gl.store(partial_ptr, acc, mask=(row < rows)[:, None])
 
 
 @gluon.jit
@@ -156,10 +155,11 @@ def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST
     whole = slot < 0
     peak = gl.maximum(peak * norm, gl.full_like(peak, LEAST_PEAK))
     left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
-    bits = gl.where(
-        whole, pack_pairs(left, right, results.out_ptr.dtype.element_ty), pack_pairs(left, right, gl.float16)
-    )
-    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_4))
+    if whole:
+        bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
+    else:
+        bits = pack_pairs(left, right, gl.float16)
+    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
     piece_row = _piece_rows(row, slot, results)
     row_start = gl.where(whole, _whole_rows(row, query_start, results, HEADS), piece_row)
     base_ptr = results.out_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
