@@ -116,7 +116,7 @@ def compile_gluon(request: Request) -> Any:
 
     from portable_mla.backends.nvidia.sm90_eviction import rewriting
     from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
-    from portable_mla.backends.nvidia.sm90_runner import BLOCK, BOX_LAYOUT, LAYOUT, Sm90Runner
+    from portable_mla.backends.nvidia.sm90_runner import BLOCK, BOX_LAYOUT, LAYOUT, TILES, Sm90Runner
 
     shape = request.shape
     runner = Sm90Runner(request, Tile(64, 64, 8, 2))
@@ -124,10 +124,9 @@ def compile_gluon(request: Request) -> Any:
     dtype, boxes = DTYPES[shape.q_dtype], {"q_desc": constants["QUERY_ROWS"], "kv_desc": min(shape.page_size, BLOCK)}
     types = default_types(sm90_decode_kernel)
     types |= {name: f"tensordesc<{dtype}[{rows}, {BLOCK}],{LAYOUT!r}>" for name, rows in boxes.items()}
-    if constants["BOXES"] < 4:
-        types["box_desc"] = f"tensordesc<{dtype}[{4 // constants['BOXES']}, {BLOCK}, {BLOCK}],{BOX_LAYOUT!r}>"
-    else:
-        types["box_desc"] = types["kv_desc"]
+    box = [TILES // constants["BOXES"], BLOCK, BLOCK]
+    in_boxes = shape.page_size >= BLOCK
+    types["box_desc"] = f"tensordesc<{dtype}{box},{BOX_LAYOUT!r}>" if in_boxes else types["kv_desc"]
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")

@@ -38,10 +38,19 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
 - The tail of an odd block zeroed ahead of the loop, in strips of 16 rows, by the warpgroup that is not busy scoring the
   even one: predicted 1 for each request of a ragged batch; part of the line above. Zeroing inside the loop cost 2 to
   3 % at two query tokens.
-- The way for odd blocks brought the code from 122 to 139 KB, over the instruction cache of 128, and each item began
-  1.2 to 1.8 later: (264, 128, 1536), four items a part, 219 -> 228. Predicted back with less code: whole and partial
-  results stored one way, packed in pairs before lanes exchange them (sm90_store_kernels.py), 118 KB: 218; Azure, 256
-  requests of 128 heads 195 -> 189.
+- The way for odd blocks brought the code from 122 to 139 KB, and each item began 1.2 to 1.8 later: (264, 128, 1536),
+  four items a part, 219 -> 228. Predicted back with less code: whole and partial results stored one way, packed in
+  pairs before lanes exchange them (sm90_store_kernels.py), 118 KB: 218; Azure, 256 requests of 128 heads 195 -> 189.
+- Keys in boxes of two or four tiles of 64 columns (sm90_tile.py), since the four roles' loops, 38 KB, missed the
+  instruction cache 138 times a pair where FlashMLA misses 15: predicted 2 %. 82 misses; (128, 128, 4096) 247.7 ->
+  247.0, Azure, 32 requests of 16 heads 25.5 -> 24.7. Kept.
+- Sums rescaled only by warps that have a factor other than 1, where ptxas branches around 128 products in place: 8 KB
+  and 256 of 760 instructions a pair less. Predicted 1 to 3 %; with each block's maximum as its level half of all warps
+  still rescale, (128, 128, 4096) with two query tokens 446 -> 454. With levels that stay until weights reach 2**8
+  (sm90_softmax_kernels.py): 453 -> 436, with boxes of four tiles 426; (128, 128, 4096) 252 -> 244, Azure, 128 requests
+  of 128 heads 109.5 -> 106.2, Mooncake, 32 requests 244 -> 232. Kept.
+- A rehearsal of the stores while the first loads are under way, so that their code is in the instruction cache at the
+  end: predicted 1 at (1, 128, 1024), 11.0 -> 13.2, for it takes longer than the loads. Dropped.
 
 The two warpgroups' shared vectors and weights are ordered by the named barriers and, for weights0, through the loader
 that refills the even block's right half: tests/test_sm90_protocol.py plays it. compute-sanitizer's racecheck does not
@@ -73,15 +82,15 @@ from portable_mla.metadata.split_kernels import ITEM_FIELDS
 def sm90_decode_kernel(
     q_desc,  # descriptor of q as [tokens * HEADS, LATENT + ROPE], block [QUERY_ROWS, 64]
     kv_desc,  # descriptor of the cache as [rows, LATENT + ROPE], block [min(PAGE_SIZE, 64), 64]
-    box_desc,  # the same as [tiles of 64 columns, rows, 64], block [tiles of a box, 64, 64], where pages hold blocks
+    box_desc,  # descriptor of the cache as [(LATENT + ROPE) / 64, rows, 64], block [tiles of a box, 64, 64], or kv_desc
     kv_ptr,  # what kv_desc describes
     table_header_ptr,  # [3] int64: address of the page table, its row stride, tiles of a part
     part_indptr_ptr,  # [parts + 1] int32
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
     lse_ptr,  # [tokens, HEADS] float32, natural log
-    partial_out_ptr,  # [slots, max_rows, LATENT] float32
-    partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of each row's peak
+    partial_stats_ptr,  # [slots, max_rows, 2 or 3] float32: base-2 level, sum, peak
     status_ptr,  # [6] int64
     softmax_scale,
     tokens,  # of q, which may have fewer than the plan
@@ -98,7 +107,7 @@ def sm90_decode_kernel(
     BLOCK_Q: gl.constexpr,  # query tokens of a unit
     ROW_TILES: gl.constexpr,
     QUERY_ROWS: gl.constexpr,
-    BOXES: gl.constexpr,  # of half a block of keys
+    BOXES: gl.constexpr,  # that half a block of keys is loaded in; 4, of kv_desc, where pages are smaller than blocks
     LONG: gl.constexpr,  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
     DEPENDENT: gl.constexpr,  # may be launched before the kernel before it has ended
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups

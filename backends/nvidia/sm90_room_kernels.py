@@ -15,7 +15,7 @@ HALF = gl.constexpr(256)  # latent columns that one warpgroup sums
 
 @aggregate
 class KeyBlock:
-    """64 cache rows [1, 64, columns] and the mbarriers that say they have landed, one for each 64 columns."""
+    """64 cache rows [1, 64, columns] and the mbarriers that say they have landed, one for each box."""
 
     left: gl.shared_memory_descriptor
     right: gl.shared_memory_descriptor

@@ -28,6 +28,7 @@ from portable_mla.shape import Request
 BLOCK = 64  # rows of a program, keys of a block, columns of a TMA box
 ALIGNMENT = 16  # bytes, of every address and stride that TMA takes
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # what TMA writes and wgmma reads
+TILES = 4  # of 64 columns, of half a block of keys
 BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=BLOCK, num_warps=4, num_stages=1)
 
@@ -53,11 +54,11 @@ class Sm90Runner:
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._tile = tile or sm90_tile(self._rows)
         self._grid = (self.plan_shape.parts * row_tiles(self._rows, _ROWS_AND_KEYS),)
-        narrow = self._tile.narrow and request.shape.q_dtype is torch.bfloat16  # float16 keeps more digits than that
+        narrow = request.shape.q_dtype is torch.bfloat16  # float16 keeps more digits than that
         self.partials = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
         constants = self.decode_constants()
         self._query_box: int = constants["QUERY_ROWS"]
-        self._boxes: int = constants["BOXES"]
+        self._box_tiles: int = TILES // constants["BOXES"]
         self._decode = KernelLaunch(sm90_decode_kernel, constants, rewriting)
         self._combine = Combine(request, self.plan_shape.parts, narrow=narrow, dependent=self._tile.dependent)
         self._portable = PortablePath(request, portable)
@@ -123,7 +124,7 @@ class Sm90Runner:
         decode, combine = self._decode.at(key, self._grid), self._combine.at(key, tokens)
         copied = not _is_rows(q)
         q_desc, kv_desc = self._query_rows(self._dense(q) if copied else q), _cache_rows(cache, rows)
-        box_desc = _cache_boxes(cache, rows, self._boxes) if self._boxes < 4 else kv_desc
+        box_desc = _cache_boxes(cache, rows, self._box_tiles) if cache.shape[1] >= BLOCK else kv_desc
         layout = _Layout(q_desc, kv_desc, box_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
         if decode is self._decode.at(key, self._grid) and combine is self._combine.at(key, tokens):
             inputs.remember(layout)  # a first launch, which compiles, is another each time
@@ -136,7 +137,7 @@ class Sm90Runner:
             "HEADS": shape.heads, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
             "BLOCK_Q": self.plan_shape.block_q, "ROW_TILES": row_tiles(self._rows, _ROWS_AND_KEYS),
             "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK),
-            "BOXES": tile.boxes if shape.page_size >= BLOCK else 4,
+            "BOXES": tile.boxes if shape.page_size >= BLOCK else TILES,
             "DEPENDENT": tile.early,
             "LONG": tile.long if shape.page_size >= BLOCK else 0,  # loaders of small pages would spill
             "REGISTERS": tile.registers, "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
@@ -199,12 +200,12 @@ def _cache_rows(cache: Tensor, step: int) -> TensorDescriptor:
     return _rows_of(cache, (pages - 1) * step + page_size, _outer_strides(cache)[1], min(page_size, BLOCK))
 
 
-def _cache_boxes(cache: Tensor, step: int, boxes: int) -> TensorDescriptor:
-    """The cache's columns in tiles of 64, whose rows follow one another."""
+def _cache_boxes(cache: Tensor, step: int, tiles: int) -> TensorDescriptor:
+    """Descriptor of the cache as tiles of 64 columns, so many of them a box."""
     pages, page_size, width = cache.shape
     rows, stride = (pages - 1) * step + page_size, _outer_strides(cache)[1]
     shape, strides = [width // BLOCK, rows, BLOCK], [BLOCK, stride, 1]
-    return TensorDescriptor(cache, shape, strides, [4 // boxes, BLOCK, BLOCK], BOX_LAYOUT)
+    return TensorDescriptor(cache, shape, strides, [tiles, BLOCK, BLOCK], BOX_LAYOUT)
 
 
 def _rows_of(tensor: Tensor, rows: int, stride: int, box: int) -> TensorDescriptor:

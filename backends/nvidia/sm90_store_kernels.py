@@ -12,31 +12,14 @@ from portable_mla.backends.triton.decode_kernels import LN_2
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 from portable_mla.metadata.status_kernels import QUERY_TOKENS
 
-# The accumulator after exchanges between neighbouring lanes, for stores of 16 bytes: float32 values, and pairs of 16
-# bits. Stores took 2.5 of the 10 us of (1, 128, 1024), a line a cycle. Predicted 3 us at (32, 64, 4096) for 32-bit
-# values in the order of registers, whole lines: 71.9 against 71.4. Dropped.
-COLUMNS_OF_4 = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
-        lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 256],
-    )
-)
+# Pairs of 16-bit values after an exchange between neighbouring lanes: with stores of 8 bytes four lanes fill a sector,
+# as they do with float32 values where they are. A second exchange, for stores of 16 bytes, was 130 instructions of 900
+# that run once an item, too seldom for the instruction cache: predicted 0.5 without, (1, 128, 8192) 17.6 -> 16.8,
+# (8, 64, 8192) 39.4 -> 38.9, (32, 128, 4096) 71.3 -> 70.6.
 PAIRS_OF_2 = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [8, 0], [0, 8], [0, 16], [0, 32], [0, 64]],
         lane_bases=[[0, 4], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 128],
-    )
-)
-PAIRS_OF_4 = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]],
-        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
         shape=[64, 128],
@@ -155,10 +138,7 @@ def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST
     whole = slot < 0
     peak = gl.maximum(peak * norm, gl.full_like(peak, LEAST_PEAK))
     left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
-    if whole:
-        bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
-    else:
-        bits = pack_pairs(left, right, gl.float16)
+    bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty) if whole else pack_pairs(left, right, gl.float16)
     row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
     piece_row = _piece_rows(row, slot, results)
     row_start = gl.where(whole, _whole_rows(row, query_start, results, HEADS), piece_row)

@@ -18,8 +18,7 @@ class Sm90Tile:
     long: int = 0  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
-    boxes: int = 2  # TMA loads of half a block
-    narrow: bool = True  # partial results of bfloat16 are float16, in units of their row's peak
+    boxes: int = 2  # TMA loads of half a block, where pages hold whole blocks
     early: bool = True  # a program sets itself up while the kernel before ends
     dependent: bool = True  # the combine starts while the last programs decode
 
@@ -29,11 +28,9 @@ def sm90_tile(rows: int) -> Sm90Tile:
 
     Starts of 2 and of 1 tile, Azure, 32 requests of 16 heads: 24.7 and 25.3.
     """
-    if rows <= 16:
-        # (1, 16, 8192) 15.8, with narrow partial results 16.8: few rows are soon stored, and peaks take longer
-        return Sm90Tile(merge_cost=15, narrow=False)
     if rows <= 64:
-        # (8, 64, 8192) 48.4, with wide partial results 51.0; (32, 64, 4096) 71.3 and 76.2. Predicted 2.5 less
+        # Float16 and float32 partial results: (8, 64, 8192) 48.4 and 51.0, (32, 64, 4096) 71.3 and 76.2, predicted 2.5
+        # less; of 16 heads, Azure, 128 and 256 requests 76.6 and 77.4, 141.7 and 144.3, (8, 16, 8192) 34.9 and 34.3
         # Partial results are small: (1, 16, 8192) 12.8 with parts of two tiles, 13.7 with three, 14.4 with four
         return Sm90Tile(merge_cost=15)
     if rows <= 128:
@@ -48,5 +45,6 @@ def sm90_tile(rows: int) -> Sm90Tile:
         # that are not slow each other down. A part's next item asked ahead too: level, dropped
         return Sm90Tile(overhead=3, long=80)
     # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, asked
-    # ahead 472
-    return Sm90Tile()
+    # ahead 472. With two loads of half a block, then one: 435.6 and 425.9; with 128 rows level, (1, 16, 8192) 12.9
+    # and 13.1
+    return Sm90Tile(boxes=1)

@@ -16,6 +16,7 @@ from portable_mla.metadata.split_plan import PlanShape
 from portable_mla.shape import Request
 
 MANY_PIECES = 10  # a unit, on average
+FEW_ROWS = 32
 GROUPED_COLUMNS = 15_888  # an SM or CU: beyond 4096 rows of 512 columns on 132, programs of one row are too many
 
 
@@ -76,8 +77,10 @@ class Combine:
 
     def _kind(self, tokens: int) -> str:
         shape = self._request.shape
-        if tokens * MANY_PIECES < self._parts or self._request.deterministic:  # nothing may depend on the batch
+        if self._request.deterministic:  # nothing may depend on the batch
             return "spread"
+        if tokens * MANY_PIECES < self._parts:
+            return "thin" if tokens * shape.heads <= FEW_ROWS else "spread"
         grouped = tokens * shape.heads * shape.latent_dim > GROUPED_COLUMNS * self._request.arch.units
         return "grouped" if grouped else "rows"
 

@@ -145,11 +145,13 @@ def combine_tiles(latent_dim: int, wave: int, *, narrow: bool = False) -> dict[s
     with 128 heads 226 230 221. Steps of 32 splits take 160 registers, those of 4 take 40: predicted to hide the loads
     of 4 pieces better, which they did. Two heads a program (512, 2, 2, 2): within 2 % of rows. Splits unrolled one by
     one, with one to four heads a program: predicted 3 us at a ragged batch of 32 with 128 heads, 0; (1, 16, 8192) 14.5
-    -> 16.9. Dropped.
+    -> 16.9. Dropped. Pieces merged in one step, by four warps (128, 1, 128, 32): predicted 2 us at (1, 16, 8192), 12.9
+    -> 13.0, (1, 64, 8192) 15.5 -> 17.6; thin 12.6 and 15.6.
     """
     warps = max(latent_dim // ((8 if narrow else 4) * wave), 1)  # a lane loads 16 bytes
     return {
         "spread": CombineTile(block_d=128, block_r=1, block_s=32, few=4, num_warps=1),  # many pieces of few rows
+        "thin": CombineTile(block_d=64, block_r=1, block_s=64, few=16, num_warps=1),  # of very few
         "rows": CombineTile(block_d=latent_dim, block_r=1, block_s=4, few=4, num_warps=warps),
         # very many rows; more heads of float16 take 254 registers
         "grouped": CombineTile(block_d=latent_dim, block_r=2 if narrow else 8, block_s=2, few=2, num_warps=warps),

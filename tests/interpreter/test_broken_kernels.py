@@ -27,7 +27,7 @@ from tests.interpreter.running import DESCRIPTOR, MANY_PARTS, SMALL, TILE, solve
 
 LONG = Case((400, 100), 16, **SMALL)
 NEEDLE = Case((700, 100), 16, **SMALL, content="needle", garbage="hot", seed=1)
-TALL = Case((1500,), 16, **SMALL)  # more splits than one step of the combine of few rows takes
+TALL = Case((1500,), 40, **SMALL)  # more splits than one step of the combine of few rows takes
 SEVERAL_QUERIES = Case((90, 40), 5, **SMALL, max_query_len=3)
 MANY_ROWS = Case((300, 200), 64, **SMALL)  # more than the one token that one unit combines in the way of few rows
 
@@ -92,7 +92,7 @@ MUTANTS = {
     ),
     "the page stays the first tile's": Mutant(decode_kernels, "page = next_page", "page = page", NEEDLE),
     "decode does not rescale": Mutant(decode_kernels, "acc = acc * rescale[:, None]", "acc = acc"),
-    "combine does not rescale, few rows": Mutant(*NO_RESCALE, TALL, units=60),
+    "combine does not rescale, few rows": Mutant(*NO_RESCALE, TALL, units=180),
     "combine does not rescale, many rows": Mutant(*NO_RESCALE, MANY_ROWS, MANY_PARTS, units=1),
     "combine leaves out the last split": Mutant(combine_kernels, "(slot < slot_hi)", "(slot < slot_hi - 1)"),
     "combine writes the base-2 logarithm": Mutant(combine_kernels, "tl.log2(total)) * LN_2", "tl.log2(total))"),

@@ -15,7 +15,7 @@ from portable_mla.metadata.split_plan import PlanShape
 from tests.cases import Case, build
 from tests.interpreter.running import SMALL, request_of
 
-PIECES = (0, 3, -1, 45, 1, -2, 4, 5)  # of each token; -1 was final before, -2 is faulty
+PIECES = (0, 3, -1, 45, 1, -2, 4, 70)  # of each token; -1 was final before, -2 is faulty
 HEADS, LATENT = 5, 128
 KINDS = tuple(combine_tiles(LATENT, 32))
 
@@ -82,9 +82,10 @@ def test_pieces_are_merged_as_defined(kind: str, dtype: torch.dtype) -> None:
 def test_which_combine_serves_follows_pieces_and_rows() -> None:
     request = request_of(build(Case((1,), 16, **SMALL)), "sm90", units=132)
     combine = Combine(request, parts=132)
-    kinds = {tokens: combine._kind(tokens) for tokens in (1, 13, 14, 1024, 1025)}
-    assert kinds == {1: "spread", 13: "spread", 14: "rows", 1024: "rows", 1025: "grouped"}
-    assert Combine(replace(request, deterministic=True), parts=132)._kind(10_000) == "spread"
+    kinds = {tokens: combine._kind(tokens) for tokens in (2, 3, 13, 14, 1024, 1025)}
+    assert kinds == {2: "thin", 3: "spread", 13: "spread", 14: "rows", 1024: "rows", 1025: "grouped"}
+    same = Combine(replace(request, deterministic=True), parts=132)
+    assert {same._kind(1), same._kind(10_000)} == {"spread"}
 
 
 def test_partial_results_count_their_statistics() -> None:
