@@ -236,7 +236,7 @@ class MLAAttention:
             check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache)
         if tokens:
             with on_device_of(q):
-                inputs = DecodeInputs(q, kv_cache, memo)
+                inputs = DecodeInputs(q, kv_cache, memo, capturing)
                 self._runner.run(inputs, out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
         if capturing:
             self._captured, self._most_pages = True, min(self._most_pages, pages)

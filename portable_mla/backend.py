@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from portable_mla.metadata import DecodeMetadata, Needs
@@ -21,13 +22,17 @@ class CallMemo:
         self.layout: Any = None
 
 
-@dataclass(frozen=True)
-class DecodeInputs:
-    """One layer's inputs of a decode step. memo: the same one for calls that are alike, if they are told apart."""
+class DecodeInputs(NamedTuple):
+    """One layer's inputs of a decode step.
+
+    memo: the same one for calls that are alike, if they are told apart; capturing: what `in_capture` answers, if the
+    caller has asked torch already.
+    """
 
     q: Tensor  # [tokens, heads, latent + rope]
     kv_cache: Tensor  # [pages, page_size, row_width], any outer strides
-    memo: CallMemo | None = field(default=None, compare=False)
+    memo: CallMemo | None = None
+    capturing: bool | None = None
 
     @property
     def remembered(self) -> Any:
@@ -38,6 +43,12 @@ class DecodeInputs:
         """For the calls that are like this one."""
         if self.memo is not None:
             self.memo.layout = layout
+
+    def in_capture(self) -> bool:
+        """Whether a graph captures this call."""
+        if self.capturing is None:
+            return self.q.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self.capturing
 
 
 @dataclass(frozen=True)

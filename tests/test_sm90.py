@@ -132,7 +132,7 @@ def test_an_odd_cache_gets_a_plan_of_its_own_on_first_need_and_each_step_from_th
     path.plan(metadata)
     assert (planned, path.memory()) == ([], {})
     for _ in range(2):
-        path.run(metadata, replace(problem.inputs, memo=CallMemo()), out, lse, 1.0)
+        path.run(metadata, problem.inputs._replace(memo=CallMemo()), out, lse, 1.0)
     assert memos == [None, None], "a memo is of one runner"
     pages = problem.kv_cache.shape[0]
     assert planned == [pages], "two layers share a plan"

@@ -88,7 +88,7 @@ class Bound:
 
     def run(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         """Run into results full of NaN, twice: the second call knows what the first has worked out."""
-        inputs = replace(problem.inputs, memo=CallMemo())
+        inputs = problem.inputs._replace(memo=CallMemo())
         first, second = [
             (
                 torch.full_like(problem.q[..., : problem.latent_dim], torch.nan),

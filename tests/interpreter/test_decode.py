@@ -151,7 +151,7 @@ def test_rows_that_q_does_not_have_are_reported_and_not_written() -> None:
     decode(problem, runner, status)
     out = torch.full((6, 12, 128), 7.0).bfloat16()
     lse = torch.full((6, 12), 7.0)
-    inputs = replace(problem.inputs, q=problem.q[:4])
+    inputs = problem.inputs._replace(q=problem.q[:4])
     runner.run(inputs, out[:4], lse[:4], softmax_scale=problem.softmax_scale)
     assert bool((out[4:] == 7).all())
     assert bool((lse[4:] == 7).all())
