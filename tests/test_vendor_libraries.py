@@ -87,7 +87,7 @@ def test_a_library_that_breaks_at_import_is_a_reason(here: Machine, source: str,
             "def get_mla_metadata(a): pass\ndef flash_mla_with_kvcache(q, k_cache): pass\n",
             fakes.FLASH_MLA_FILES,
             "flashmla",
-            "flash_mla_with_kvcache has no parameter block_table, cache_seqlens, head_dim_v",
+            "flash_mla_with_kvcache has no parameter block_table, cache_seqlens, softmax_scale",
         ),
         (
             "flash_mla",

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from portable_mla.backend import CallMemo, DecodeInputs
+from portable_mla.backends.vendor.calls import Returned
 from portable_mla.backends.vendor.layout import new_layout
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.launch import KernelLaunch
@@ -154,9 +155,10 @@ def test_a_layout_is_remembered_once_its_finishing_kernel_is_compiled(monkeypatc
     problem = build(UNIFORM)
     memo, out, lse = CallMemo(), problem.q[..., :512].contiguous(), torch.zeros(3, 16)
     inputs = DecodeInputs(problem.q, problem.kv_cache, memo)
-    first = new_layout("a library", step, inputs, out, lse, in_place=True)
+    returned = Returned("a library", out.shape, out.dtype, lse.shape)
+    first = new_layout(returned, step, inputs, out, lse, in_place=True)
     assert memo.layout is None
     first.finish(VendorRows(lse, (16, 16, 1), 1), out, lse)
-    second = new_layout("a library", step, inputs, out, lse, in_place=True)
+    second = new_layout(returned, step, inputs, out, lse, in_place=True)
     assert memo.layout is second
-    assert (second.tokens, second.copied_q, second.in_place) == (3, False, True)
+    assert (second.returned, second.copied_q, second.in_place) == (returned, False, True)

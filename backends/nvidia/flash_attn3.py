@@ -6,7 +6,6 @@ From `flash_attn_interface` (upstream), or the build inside vLLM, which can writ
 from __future__ import annotations
 
 import functools
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
 from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import call, call_with, result, wide
+from portable_mla.backends.vendor.calls import NamedCall, Returned, call, wide
 from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
-from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.backends.vendor.operator import Operator, find_operator
+from portable_mla.backends.vendor.step import Step, StepView, VendorRows
 from portable_mla.cache_format import CacheFormat
 from portable_mla.errors import NoBackend
 from portable_mla.metadata import DecodeMetadata, Needs
@@ -35,43 +35,44 @@ _PLANNED = (
     "batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads_q", "num_heads_kv", "headdim", "headdim_v", "qkv_dtype",
     "cache_seqlens", "cu_seqlens_q", "page_size", "causal", "num_splits",
 )  # fmt: skip
-_SHARED = ("q", "cu_seqlens_q", "max_seqlen_q", "softmax_scale", "causal", "scheduler_metadata", "num_splits",
-           "return_softmax_lse")  # fmt: skip
 UPSTREAM, IN_VLLM = "flash_attn_with_kvcache", "flash_attn_varlen_func"
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a build calls its parameters."""
-
-    keys: str
-    values: str
-    q_v: str
-    lens: str
-    table: str
-
-
-NAMES = {
-    UPSTREAM: Names("k_cache", "v_cache", "qv", "cache_seqlens", "page_table"),
-    IN_VLLM: Names("k", "v", "q_v", "seqused_k", "block_table"),
-}
+# What a call gives, in order, by the names of each Python function and of the operator behind vLLM's.
+GIVEN = {
+    UPSTREAM: ("q", "k_cache", "v_cache", "qv", "cu_seqlens_q", "cache_seqlens", "page_table", "softmax_scale",
+               "scheduler_metadata"),
+    IN_VLLM: ("q", "k", "v", "q_v", "cu_seqlens_q", "seqused_k", "block_table", "softmax_scale", "scheduler_metadata",
+              "out"),
+}  # fmt: skip
+GIVEN_OPERATOR = ("q", "k", "v", "q_v", "cu_seqlens_q", "seqused_k", "page_table", "softmax_scale",
+                  "scheduler_metadata", "out")  # fmt: skip
+_CONSTANT = ("max_seqlen_q", "causal", "num_splits", "return_softmax_lse")
+# The operator's other arguments, where they ask for nothing.
+_NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(
+        ("k_new", "v_new", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "kv_batch_idx", "leftpad_k", "rotary_cos",
+         "rotary_sin", "seqlens_rotary", "q_descale", "k_descale", "v_descale", "pack_gqa", "s_aux", "cp_tot_seqused_k")
+    ),
+    "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True, "sm_margin": 0,
+    "cp_world_size": 1, "cp_rank": 0,
+}  # fmt: skip
 LIBRARIES = (
     Library(
         Package("flash_attn_interface", "flash_attn_interface", ("flash-attn-3", "flash-attn-interface")),
         "flash_attn_interface",
-        ((UPSTREAM, (*_SHARED, *astuple(NAMES[UPSTREAM]))), (PLAN, _PLANNED)),
+        ((UPSTREAM, (*GIVEN[UPSTREAM], *_CONSTANT)), (PLAN, _PLANNED)),
         "CUDA",
     ),
     Library(
         Package("vllm", "vllm", ("vllm",)),
         "vllm.vllm_flash_attn",
         (
-            (IN_VLLM, (*_SHARED, *astuple(NAMES[IN_VLLM]), "max_seqlen_k", "out", "fa_version")),
+            (IN_VLLM, (*GIVEN[IN_VLLM], *_CONSTANT, "max_seqlen_k", "fa_version")),
             (PLAN, _PLANNED),
             ("fa_version_unsupported_reason", ("fa_version",)),
         ),
         "CUDA",
         "vllm_flash_attn",
+        operator="_vllm_fa3_C.fwd",
     ),
 )
 
@@ -152,19 +153,14 @@ class FlashAttn3Runner:
         self._shape, self._capacity, self._query_len = request.shape, request.capacity, request.max_query_len
         self._name, self._loaded = loaded.library.name, loaded
         self._in_place = IN_VLLM in loaded.functions
-        self._names = NAMES[IN_VLLM if self._in_place else UPSTREAM]
         self._widths = [request.shape.latent_dim, request.shape.rope_dim]
         self._splits = most_splits(request)
         self._ratio = page_ratio(request)
         self._step = Step(request, table=True, ratio=self._ratio)
-        constant: dict[str, Any] = {
-            "max_seqlen_q": self._query_len, "causal": True, "num_splits": self._splits, "return_softmax_lse": True,
-        }  # fmt: skip
-        if self._in_place:
-            constant |= {"max_seqlen_k": self._max_kv_len, "fa_version": 3}
-        function = loaded.functions[IN_VLLM if self._in_place else UPSTREAM]
-        self._decode = self._decode_step = functools.partial(function, **constant)
+        self._operator = self._find_operator()
+        self._decode = self._operator or self._function()
         self._batch = 0
+        self._view: StepView | None = None
         self._schedule: Tensor | None = None
         self._current: Tensor | None = None
 
@@ -177,9 +173,7 @@ class FlashAttn3Runner:
         """Copy table and lengths to where they stay, and have the library schedule them."""
         self._step.plan(metadata)
         self._batch = metadata.batch.size
-        step, names = self._step.of(self._batch), self._names
-        views = {"cu_seqlens_q": step.query_indptr, names.lens: step.kv_lens, names.table: step.table}
-        self._decode_step = functools.partial(self._decode, **views)
+        self._view = self._step.of(self._batch)
         self._plan()
 
     def memory(self) -> dict[str, int]:
@@ -192,34 +186,49 @@ class FlashAttn3Runner:
     ) -> None:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
-        name = self._name
         layout: VendorLayout = inputs.remembered or self._new_layout(inputs, out, lse)
-        q = layout.queries(inputs.q)
+        q = inputs.q.contiguous() if layout.copied_q else inputs.q
         if self._step.fit(q):
             self._plan()
         if self._batch == 0:
             out.zero_()
             lse.fill_(-torch.inf)
             return
+        step = self._view
+        assert step is not None, "run before plan"
         values, keys = torch.split_with_sizes(self._pages(inputs.kv_cache), self._widths, -1)
         q_v, q_rope = torch.split_with_sizes(q, self._widths, -1)
-        names = self._names
-        arguments = {
-            "q": q_rope, names.keys: keys, names.values: values, names.q_v: q_v, "softmax_scale": softmax_scale,
-            "scheduler_metadata": None if _capturing(q) else self._current,
-        }  # fmt: skip
-        if layout.in_place:
-            arguments["out"] = out
-        results = call_with(name, self._decode_step, arguments)
-        rows = result(name, "out", results[0], out.shape, q.dtype)
-        theirs = result(name, "lse", results[1], (self._shape.heads, layout.tokens), torch.float32)
+        schedule = None if inputs.in_capture() else self._current
+        given: tuple[Any, ...] = (step.query_indptr, step.kv_lens, step.table, softmax_scale, schedule)
+        if self._in_place:
+            given += (out if layout.in_place else None,)
+        rows, theirs = layout.returned.of(self._decode(q_rope, keys, values, q_v, *given))
         of_head, of_query = theirs.stride()
         copied = None if layout.in_place else rows.contiguous()
         layout.finish(VendorRows(theirs, (of_query, 0, of_head), 1, copied), out, lse)
 
     def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> VendorLayout:
-        in_place = self._in_place and wide(out)
-        return new_layout(self._name, self._step, inputs, out, lse, in_place=in_place)
+        tokens, heads, _ = out.shape
+        returned = Returned(self._name, out.shape, out.dtype, (heads, tokens))
+        return new_layout(returned, self._step, inputs, out, lse, in_place=self._in_place and wide(out))
+
+    def _find_operator(self) -> Operator | None:
+        """The operator behind vLLM's function, which beside it checks its arguments and allocates one for nobody."""
+        constant = {
+            "max_seqlen_q": self._query_len, "max_seqlen_k": self._max_kv_len, "is_causal": True,
+            "num_splits": self._splits,
+        }  # fmt: skip
+        path = self._loaded.library.operator
+        return find_operator(self._name, path, GIVEN_OPERATOR, constant, _NEUTRAL) if path else None
+
+    def _function(self) -> NamedCall:
+        constant: dict[str, Any] = {
+            "max_seqlen_q": self._query_len, "causal": True, "num_splits": self._splits, "return_softmax_lse": True,
+        }  # fmt: skip
+        if self._in_place:
+            constant |= {"max_seqlen_k": self._max_kv_len, "fa_version": 3}
+        name = IN_VLLM if self._in_place else UPSTREAM
+        return NamedCall(self._name, self._loaded.functions[name], GIVEN[name], constant)
 
     @functools.cached_property
     def _max_kv_len(self) -> int:
@@ -257,10 +266,6 @@ class FlashAttn3Runner:
             most = SCHEDULE_VECTORS * -(-self._capacity.max_batch // 4) * 4 + 1
             self._schedule = made.new_empty(max(most, made.numel()))
         self._current = self._schedule[: made.numel()].copy_(made)
-
-
-def _capturing(q: Tensor) -> bool:
-    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 BACKEND = _FlashAttn3Backend()

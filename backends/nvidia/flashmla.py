@@ -7,17 +7,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs, Runner
 from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import call, call_with, result
+from portable_mla.backends.vendor.calls import NamedCall, Returned, call
 from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
+from portable_mla.backends.vendor.operator import Operator, find_operator
 from portable_mla.backends.vendor.step import Step, VendorRows
 from portable_mla.cache_format import CacheFormat
 from portable_mla.errors import BackendError
@@ -29,17 +30,10 @@ PAGE_SIZE, GEOMETRY = 64, (512, 64)
 DECODE, PLAN = "flash_mla_with_kvcache", "get_mla_metadata"
 HOISTED = "get_mla_decoding_metadata"  # what sgl-flash-mla's decode plans with where nothing was planned
 KEPT_SIZES = 4  # batch sizes of captured calls whose schedules each plan writes anew
-_CALLED = (
-    "q",
-    "k_cache",
-    "block_table",
-    "cache_seqlens",
-    "head_dim_v",
-    "tile_scheduler_metadata",
-    "num_splits",
-    "softmax_scale",
-    "causal",
-)
+# What a call gives, in order, by the names of the Python function and of the operator behind it.
+GIVEN = ("q", "k_cache", "block_table", "cache_seqlens", "softmax_scale", "tile_scheduler_metadata", "num_splits")
+GIVEN_OPERATOR = ("q", "kcache", "block_table", "seqlens_k", "softmax_scale", "tile_scheduler_metadata", "num_splits")
+_CALLED = (*GIVEN, "head_dim_v", "causal")
 _VLLM = "vllm.third_party.flashmla.flash_mla_interface"
 LIBRARIES = (
     Library(
@@ -48,8 +42,16 @@ LIBRARIES = (
         ((DECODE, _CALLED), (PLAN, ())),
         "CUDA",
         extras=((HOISTED, ("seqlens_k", "num_q_tokens_per_head_k", "h_k", "use_legacy")),),
+        operator="flash_mla_legacy.dense_decode_fwd",
     ),
-    Library(Package("vllm", "vllm", ("vllm",)), _VLLM, ((DECODE, _CALLED), (PLAN, ())), "CUDA", "third_party/flashmla"),
+    Library(
+        Package("vllm", "vllm", ("vllm",)),
+        _VLLM,
+        ((DECODE, _CALLED), (PLAN, ())),
+        "CUDA",
+        "third_party/flashmla",
+        operator="_flashmla_C.dense_decode_fwd",
+    ),
 )
 
 
@@ -119,12 +121,8 @@ class FlashMLARunner:
         self._hoisted = loaded.functions.get(HOISTED)
         self._plans_later = self._hoisted is None and loaded.takes_anything(PLAN)
         self._in_place = loaded.takes(DECODE, "out")
-        constant: dict[str, Any] = {"head_dim_v": request.shape.latent_dim, "causal": request.max_query_len > 1}
-        if loaded.takes(DECODE, "use_legacy"):
-            constant["use_legacy"] = True
-        if loaded.takes(DECODE, "is_fp8_kvcache"):
-            constant["is_fp8_kvcache"] = False
-        self._decode = functools.partial(loaded.functions[DECODE], **constant)
+        self._operator = _operator_of(loaded, request, in_place=self._in_place)
+        self._decode = self._operator or _function_of(loaded, request, in_place=self._in_place)
         self._step = Step(request, table=True)
         self._schedules: dict[int, _Schedule] = {}  # by the requests of a call
 
@@ -151,33 +149,32 @@ class FlashMLARunner:
     ) -> None:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
-        name, heads, query_len = self._name, self._shape.heads, self._query_len
         layout: VendorLayout = inputs.remembered or self._new_layout(inputs, out, lse)
-        q, batch = layout.queries(inputs.q), layout.tokens // query_len
+        q = inputs.q.contiguous() if layout.copied_q else inputs.q
+        batch, query_len, heads, _ = shape = layout.returned.out
         step = self._step.of(batch)
-        schedule, splits = self._schedule_of(batch, step.kv_lens).pair
-        shape = (batch, query_len, heads, self._shape.latent_dim)
-        arguments = {
-            "q": q.view(batch, query_len, heads, -1), "k_cache": inputs.kv_cache.unsqueeze(2),
-            "block_table": step.table, "cache_seqlens": step.kv_lens, "tile_scheduler_metadata": schedule,
-            "num_splits": splits, "softmax_scale": softmax_scale,
-        }  # fmt: skip
-        if layout.in_place:
-            arguments["out"] = out.view(shape)
-        results = call_with(name, self._decode, arguments)
-        rows = result(name, "out", results[0], shape, q.dtype)
-        theirs = result(name, "lse", results[1], (batch, heads, query_len), torch.float32)
+        schedule = self._schedule_of(batch, step.kv_lens, capturing=inputs.in_capture())
+        given: tuple[Any, ...] = (step.table, step.kv_lens, softmax_scale, *schedule.given)
+        if self._in_place:
+            given += (out.view(shape) if layout.in_place else None,)
+        results = self._decode(q.view(batch, query_len, heads, -1), inputs.kv_cache.unsqueeze(2), *given)
+        rows, theirs = layout.returned.of(results)
+        if self._operator is not None and schedule.given[0] is None:
+            schedule.keep(results[2:])
         of_batch, of_head, of_query = theirs.stride()
         copied = None if layout.in_place else rows.contiguous()
         layout.finish(VendorRows(theirs, (of_batch, of_query, of_head), query_len, copied), out, lse)
 
     def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> VendorLayout:
+        (tokens, heads, width), query_len = out.shape, self._query_len
+        batch = tokens // query_len
+        shapes = (batch, query_len, heads, width), (batch, heads, query_len)
         in_place = self._in_place and out.is_contiguous()
-        return new_layout(self._name, self._step, inputs, out, lse, in_place=in_place)
+        returned = Returned(self._name, shapes[0], out.dtype, shapes[1])
+        return new_layout(returned, self._step, inputs, out, lse, in_place=in_place)
 
-    def _schedule_of(self, batch: int, lens: Tensor) -> _Schedule:
+    def _schedule_of(self, batch: int, lens: Tensor, *, capturing: bool) -> _Schedule:
         """The schedule of this step for so many requests, or, in a capture that none can be kept for, its own."""
-        capturing = lens.is_cuda and torch.cuda.is_current_stream_capturing()
         schedule = self._schedules.get(batch)
         if capturing:
             if schedule is not None and not schedule.captured:
@@ -202,8 +199,10 @@ class FlashMLARunner:
             made = call(self._name, functools.partial(self._get_metadata, *arguments))
         if not isinstance(made, tuple) or len(made) != 2:
             raise BackendError(f"{self._name}: returned {type(made).__name__} for its schedule, expected a pair")
-        if self._hoisted is None:
-            return _Schedule(made, () if self._plans_later else made)
+        if self._plans_later:
+            return _Schedule(made if self._operator is None else (None, None), ())
+        if self._hoisted is None or self._operator is not None:
+            return _Schedule(made, made)
         held, none = call(self._name, self._get_metadata)
         held.tile_scheduler_metadata, held.num_splits = made
         return _Schedule((held, none), made)
@@ -211,9 +210,10 @@ class FlashMLARunner:
 
 @dataclass
 class _Schedule:
-    """A schedule as the library takes it. tensors: what it consists of; none where the library plans in the decode."""
+    """A schedule. given: as the decode takes it; tensors: what it consists of, none where the library plans in the
+    decode."""
 
-    pair: tuple[Any, Any]
+    given: tuple[Any, Any]
     tensors: tuple[Tensor, ...]
     captured: bool = False
 
@@ -221,6 +221,29 @@ class _Schedule:
         """Another step's, at the same addresses."""
         for mine, theirs in zip(self.tensors, tensors, strict=True):
             mine.copy_(theirs)
+
+    def keep(self, made: Sequence[Any]) -> None:
+        """What the operator planned in a step's first call, for the others."""
+        if len(made) == len(self.given):
+            self.given = made[0], made[1]
+
+
+def _operator_of(loaded: Loaded, request: Request, *, in_place: bool) -> Operator | None:
+    """The operator behind a build's Python function, which does nothing else for a dense cache of 2 bytes a number."""
+    constant = {"head_size_v": request.shape.latent_dim, "is_causal": request.max_query_len > 1}
+    given = (*GIVEN_OPERATOR, "out_") if in_place else GIVEN_OPERATOR
+    library = loaded.library
+    return find_operator(library.name, library.operator, given, constant)
+
+
+def _function_of(loaded: Loaded, request: Request, *, in_place: bool) -> NamedCall:
+    constant: dict[str, Any] = {"head_dim_v": request.shape.latent_dim, "causal": request.max_query_len > 1}
+    if loaded.takes(DECODE, "use_legacy"):
+        constant["use_legacy"] = True
+    if loaded.takes(DECODE, "is_fp8_kvcache"):
+        constant["is_fp8_kvcache"] = False
+    given = (*GIVEN, "out") if in_place else GIVEN
+    return NamedCall(loaded.library.name, loaded.functions[DECODE], given, constant)
 
 
 BACKEND = _FlashMLABackend()

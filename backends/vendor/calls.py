@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,46 @@ def call_with(library: str, function: Callable[..., Any], arguments: dict[str, A
         return function(**arguments)
     except Exception as error:  # a library may raise anything
         name = getattr(getattr(function, "func", function), "__name__", "its call")  # func: of a partial
-        raise BackendError(f"{library}: {name} raised {type(error).__name__}: {error}") from error
+        raise fault(library, name, error) from error
+
+
+def fault(library: str, name: str, error: Exception) -> BackendError:
+    """The error of a library's call that raised another."""
+    return BackendError(f"{library}: {name} raised {type(error).__name__}: {error}")
+
+
+class NamedCall:
+    """A library's Python function that is given its arguments in an order of ours, beside those that are always the
+    same: by keyword, since each build has an order of its own."""
+
+    def __init__(
+        self, library: str, function: Callable[..., Any], given: tuple[str, ...], constant: Mapping[str, Any]
+    ) -> None:
+        self._library, self._given = library, given
+        self._function = functools.partial(function, **constant)
+
+    def __call__(self, *values: Any) -> Any:
+        """What it returns; whatever it raises is the cause of a BackendError."""
+        return call_with(self._library, self._function, dict(zip(self._given, values, strict=True)))
+
+
+class Returned(NamedTuple):
+    """What a library has to return: first a tensor for out and one for LSE."""
+
+    library: str
+    out: tuple[int, ...]
+    out_dtype: torch.dtype
+    lse: tuple[int, ...]
+
+    def of(self, results: Any) -> tuple[Tensor, Tensor]:
+        """Both; BackendError if one is no tensor, or of another shape or dtype."""
+        library, shape, dtype, lse_shape = self
+        out, lse = results[0], results[1]
+        right = isinstance(out, Tensor) and out.shape == shape and out.dtype is dtype
+        if not (right and isinstance(lse, Tensor) and lse.shape == lse_shape and lse.dtype is torch.float32):
+            result(library, "out", out, shape, dtype)
+            result(library, "lse", lse, lse_shape, torch.float32)
+        return out, lse
 
 
 def result(library: str, name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -7,34 +7,30 @@ from typing import NamedTuple
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.vendor.calls import wide, wide_cache
+from portable_mla.backends.vendor.calls import Returned, wide, wide_cache
 from portable_mla.backends.vendor.step import Finishing, Step
 
 
 class VendorLayout(NamedTuple):
     """copied_q: wide copies could not read the queries; in_place: the library writes into out."""
 
-    tokens: int
+    returned: Returned
     copied_q: bool
     in_place: bool
     finish: Finishing
 
-    def queries(self, q: Tensor) -> Tensor:
-        """As the library may read them."""
-        return q.contiguous() if self.copied_q else q
-
 
 def new_layout(
-    library: str, step: Step, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, in_place: bool
+    returned: Returned, step: Step, inputs: DecodeInputs, out: Tensor, lse: Tensor, *, in_place: bool
 ) -> VendorLayout:
     """The layout of a call that is like none before; remembered once its finishing kernel is compiled.
 
     Raises NoBackend for a cache that wide copies cannot read, and GraphCaptureError where a capture could not take the
     finishing launch.
     """
-    wide_cache(library, inputs.kv_cache)
+    wide_cache(returned.library, inputs.kv_cache)
     finish = step.finishing(not in_place, out, lse)
-    layout = VendorLayout(inputs.q.shape[0], not wide(inputs.q), in_place, finish)
+    layout = VendorLayout(returned, not wide(inputs.q), in_place, finish)
     if step.finishing(not in_place, out, lse) == finish:  # a first launch, which compiles, is another each time
         inputs.remember(layout)
     return layout

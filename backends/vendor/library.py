@@ -21,7 +21,8 @@ class Library:
 
     module: what to import; functions: dotted names in it, each with the parameters that must be there; part: a path in
     the package's folder, for a build inside a larger package; runtime: of the torch it needs, "CUDA" or "HIP"; extras:
-    functions that are used where they are there with these parameters.
+    functions that are used where they are there with these parameters; operator: the torch operator behind its
+    decode, "namespace.name".
     """
 
     package: Package
@@ -30,6 +31,7 @@ class Library:
     runtime: str
     part: str = ""
     extras: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    operator: str = ""
 
     @property
     def name(self) -> str:
