@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from portable_mla.backend import CallMemo, DecodeInputs
 from portable_mla.backends.vendor.calls import Returned
 from portable_mla.backends.vendor.layout import new_layout
-from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.backends.vendor.step import Step
 from portable_mla.launch import KernelLaunch
 from tests import fake_libraries as fakes
 from tests.cases import Case, Problem, build
@@ -125,7 +125,7 @@ def test_a_finishing_launch_takes_the_tensors_of_its_own_call_and_keeps_none(mon
     theirs = torch.zeros(4, 16, 1)
 
     def finish(out: torch.Tensor, lse: torch.Tensor) -> tuple[Any, ...]:
-        step._finishing_launch(False, out, lse)(VendorRows(theirs, (16, 1, 1), 1), out, lse)
+        step._finishing_launch(False, out, lse)(theirs, (16, 1, 1), None, out, lse)
         return launched.pop()
 
     def results(tokens: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +158,7 @@ def test_a_layout_is_remembered_once_its_finishing_kernel_is_compiled(monkeypatc
     returned = Returned("a library", out.shape, out.dtype, lse.shape)
     first = new_layout(returned, step, inputs, out, lse, in_place=True)
     assert memo.layout is None
-    first.finish(VendorRows(lse, (16, 16, 1), 1), out, lse)
+    first.finish(lse, (16, 16, 1), None, out, lse)
     second = new_layout(returned, step, inputs, out, lse, in_place=True)
     assert memo.layout is second
     assert (second.returned, second.copied_q, second.in_place) == (returned, False, True)

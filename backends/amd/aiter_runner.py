@@ -10,7 +10,7 @@ from torch import Tensor
 from portable_mla.backend import DecodeInputs
 from portable_mla.backends.vendor.calls import call, keywords, result
 from portable_mla.backends.vendor.library import Loaded
-from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.backends.vendor.step import Step
 from portable_mla.errors import NoBackend
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.shape import Request
@@ -87,7 +87,7 @@ class AiterRunner:
         returned = call(NAME, self._decode, **arguments)
         theirs = result(NAME, "lse", returned[1], (tokens, self._heads), torch.float32)
         copied = None if rows is out else rows[:, :heads].contiguous()
-        finish(VendorRows(theirs, (theirs.stride(0), 0, theirs.stride(1)), 1, copied), out, lse)
+        finish(theirs, (theirs.stride(0), 0, theirs.stride(1)), copied, out, lse)
 
     def _rows(self, q: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and results as the kernels take them: dense, with the heads that they have."""

@@ -17,7 +17,7 @@ from portable_mla.backends.vendor.calls import NamedCall, Returned, call, wide
 from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.operator import Operator, find_operator
-from portable_mla.backends.vendor.step import Step, StepView, VendorRows
+from portable_mla.backends.vendor.step import Step, StepView
 from portable_mla.cache_format import CacheFormat
 from portable_mla.errors import NoBackend
 from portable_mla.metadata import DecodeMetadata, Needs
@@ -187,7 +187,8 @@ class FlashAttn3Runner:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
         layout: VendorLayout = inputs.remembered or self._new_layout(inputs, out, lse)
-        q = inputs.q.contiguous() if layout.copied_q else inputs.q
+        returned, copied_q, in_place, finish = layout
+        q = inputs.q.contiguous() if copied_q else inputs.q
         if self._step.fit(q):
             self._plan()
         if self._batch == 0:
@@ -201,11 +202,10 @@ class FlashAttn3Runner:
         schedule = None if inputs.in_capture() else self._current
         given: tuple[Any, ...] = (step.query_indptr, step.kv_lens, step.table, softmax_scale, schedule)
         if self._in_place:
-            given += (out if layout.in_place else None,)
-        rows, theirs = layout.returned.of(self._decode(q_rope, keys, values, q_v, *given))
+            given += (out if in_place else None,)
+        rows, theirs = returned.of(self._decode(q_rope, keys, values, q_v, *given))
         of_head, of_query = theirs.stride()
-        copied = None if layout.in_place else rows.contiguous()
-        layout.finish(VendorRows(theirs, (of_query, 0, of_head), 1, copied), out, lse)
+        finish(theirs, (of_query, 0, of_head), None if in_place else rows.contiguous(), out, lse)
 
     def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> VendorLayout:
         tokens, heads, _ = out.shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from portable_mla.backend import DecodeInputs
 from portable_mla.backends.vendor.calls import call, call_with, result, wide_cache, wide_rows
 from portable_mla.backends.vendor.library import Loaded
-from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.backends.vendor.step import Step
 from portable_mla.errors import BackendError, NoBackend
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.shape import Request
@@ -104,7 +104,7 @@ class WrapperRunner:
                 raise BackendError(f"{NAME}: returned another tensor than the out that it was given")
         result(NAME, "lse", returned[1], lse.shape, torch.float32)
         if finish is not None:
-            finish(VendorRows(theirs, (theirs.stride(0), 0, 1), 1), out, lse)
+            finish(theirs, (theirs.stride(0), 0, 1), None, out, lse)
 
     def _plan(self, softmax_scale: float) -> None:
         metadata, shape = self._metadata, self._shape
@@ -139,7 +139,7 @@ class TableRunner:
     def __init__(self, request: Request, loaded: Loaded, kernel: str) -> None:
         self._shape, self._query_len = request.shape, request.max_query_len
         self._tokens = request.capacity.max_query_tokens
-        self._step = Step(request, table=True)
+        self._step = Step(request, table=True, natural_per_unit=math.log(2))
         self._decode = functools.partial(
             loaded.functions[TABLE_CALL], qk_nope_head_dim=NOPE_DIM, kv_lora_rank=request.shape.latent_dim,
             qk_rope_head_dim=request.shape.rope_dim, max_seq_len=self._step.width * request.shape.page_size,
@@ -192,8 +192,7 @@ class TableRunner:
         }  # fmt: skip
         returned = call_with(NAME, self._decode, arguments)
         result(NAME, "lse", returned[1], lse.shape, torch.float32)
-        copied = None if in_place else own
-        finish(VendorRows(theirs, (heads, 0, 1), 1, copied, natural_per_unit=math.log(2)), out, lse)
+        finish(theirs, (heads, 0, 1), None if in_place else own, out, lse)
 
 
 def _structured_metadata() -> Any:

@@ -19,7 +19,7 @@ from portable_mla.backends.vendor.calls import NamedCall, Returned, call
 from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.operator import Operator, find_operator
-from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.backends.vendor.step import Step
 from portable_mla.cache_format import CacheFormat
 from portable_mla.errors import BackendError
 from portable_mla.metadata import DecodeMetadata, Needs
@@ -123,7 +123,7 @@ class FlashMLARunner:
         self._in_place = loaded.takes(DECODE, "out")
         self._operator = _operator_of(loaded, request, in_place=self._in_place)
         self._decode = self._operator or _function_of(loaded, request, in_place=self._in_place)
-        self._step = Step(request, table=True)
+        self._step = Step(request, table=True, query_len=request.max_query_len)
         self._schedules: dict[int, _Schedule] = {}  # by the requests of a call
 
     @property
@@ -150,20 +150,20 @@ class FlashMLARunner:
         """The library's launches, and one of ours."""
         assert kv_scale is None, "refused by dispatch"
         layout: VendorLayout = inputs.remembered or self._new_layout(inputs, out, lse)
-        q = inputs.q.contiguous() if layout.copied_q else inputs.q
-        batch, query_len, heads, _ = shape = layout.returned.out
+        returned, copied_q, in_place, finish = layout
+        q = inputs.q.contiguous() if copied_q else inputs.q
+        batch, query_len, heads, _ = shape = returned.out
         step = self._step.of(batch)
         schedule = self._schedule_of(batch, step.kv_lens, capturing=inputs.in_capture())
         given: tuple[Any, ...] = (step.table, step.kv_lens, softmax_scale, *schedule.given)
         if self._in_place:
-            given += (out.view(shape) if layout.in_place else None,)
+            given += (out.view(shape) if in_place else None,)
         results = self._decode(q.view(batch, query_len, heads, -1), inputs.kv_cache.unsqueeze(2), *given)
-        rows, theirs = layout.returned.of(results)
+        rows, theirs = returned.of(results)
         if self._operator is not None and schedule.given[0] is None:
             schedule.keep(results[2:])
         of_batch, of_head, of_query = theirs.stride()
-        copied = None if layout.in_place else rows.contiguous()
-        layout.finish(VendorRows(theirs, (of_batch, of_query, of_head), query_len, copied), out, lse)
+        finish(theirs, (of_batch, of_query, of_head), None if in_place else rows.contiguous(), out, lse)
 
     def _new_layout(self, inputs: DecodeInputs, out: Tensor, lse: Tensor) -> VendorLayout:
         (tokens, heads, width), query_len = out.shape, self._query_len

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +22,9 @@ REMEMBERED_CALLS = 1024
 BLOCK_H = {True: 4, False: 16}  # heads a program of the finishing kernel, where out is copied and where it is not
 
 
-class VendorRows(NamedTuple):
-    """What a library returned: its LSE, and its out where that was not written in place.
-
-    lse_strides: of a request, of a query token within it, of a head; natural_per_unit: ln 2 for an LSE in base 2.
-    """
-
-    lse: Tensor
-    lse_strides: tuple[int, int, int]
-    query_len: int
-    out: Tensor | None = None  # tokens x heads x latent, dense
-    natural_per_unit: float = 1.0
-
-
-Finishing = Callable[[VendorRows, Tensor, Tensor], None]  # given the library's rows, writes out and lse
+# Writes out and lse, given the library's LSE, its strides of a request, of a query token and of a head, and the
+# library's dense out unless that was written in place.
+Finishing = Callable[[Tensor, tuple[int, int, int], Tensor | None, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -51,12 +40,16 @@ class Step:
     """Lengths, row pointers and the page table with nothing out of range: requests past the batch are empty, wrong
     lengths and requests with wrong pages count as 0 keys, and a status word says so. A captured graph follows them.
 
-    ratio: the table is that of pages so many times smaller. One launch a step, and one more where q of a ragged batch
-    has fewer rows than the capacity.
+    ratio: the table is that of pages so many times smaller; query_len: tokens of a request in the library's LSE, where
+    requests have a stride of their own; natural_per_unit: ln 2 for an LSE in base 2. One launch a step, and one more
+    where q of a ragged batch has fewer rows than the capacity.
     """
 
-    def __init__(self, request: Request, *, table: bool, ratio: int = 1) -> None:
+    def __init__(
+        self, request: Request, *, table: bool, ratio: int = 1, query_len: int = 1, natural_per_unit: float = 1.0
+    ) -> None:
         self.request, self._table, self._ratio = request, table, ratio
+        self._query_len, self._natural_per_unit = query_len, natural_per_unit
         self._shape, self._capacity = request.shape, request.capacity
         self._tokens = request.capacity.max_query_tokens  # rows of q
         self._uniform = request.uniform_queries
@@ -206,13 +199,12 @@ class Step:
         copied, device, (tokens, heads, _), (of_token, of_row, _), lse_strides, aligned = called
         kernel, key = self._finish(copied), (device, of_token, of_row, lse_strides, aligned)
         states, launch = self.states, kernel.at(key, (tokens, -(-heads // BLOCK_H[copied])))
+        constant, ours = (heads, self._query_len, self._natural_per_unit), (of_token, of_row, *lse_strides)
 
-        def finish(rows: VendorRows, out: Tensor, lse: Tensor) -> None:
-            theirs, (of_request, of_query, of_head), query_len, copy, natural = rows
-            launch(
-                states, copy, theirs, out, lse, heads, query_len, natural, of_request, of_query, of_head,
-                of_token, of_row, *lse_strides,
-            )  # fmt: skip
+        def finish(
+            theirs: Tensor, strides: tuple[int, int, int], their_out: Tensor | None, out: Tensor, lse: Tensor
+        ) -> None:
+            launch(states, their_out, theirs, out, lse, *constant, *strides, *ours)
 
         if kernel.ready(key) is not None:
             if len(self._finishing) >= REMEMBERED_CALLS:
@@ -228,19 +220,18 @@ class Step:
             self._kernels[copied] = KernelLaunch(finish_rows_kernel, constants)
         return self._kernels[copied]
 
-    def _finish_with_torch(self, rows: VendorRows, out: Tensor, lse: Tensor) -> None:
+    def _finish_with_torch(
+        self, theirs: Tensor, strides: tuple[int, int, int], their_out: Tensor | None, out: Tensor, lse: Tensor
+    ) -> None:
         """The same from torch's own operations."""
         tokens, heads = lse.shape
-        requests = tokens // rows.query_len
-        of_request, of_query, of_head = rows.lse_strides
-        given = rows.lse.as_strided((requests, rows.query_len, heads), (of_request, of_query, of_head))
-        given = given * rows.natural_per_unit
+        given = theirs.as_strided((tokens // self._query_len, self._query_len, heads), strides) * self._natural_per_unit
         state = self.states[:tokens, None]
         fill = torch.where(state == EMPTY, 0.0, torch.nan)
         lse.copy_(
             torch.where(state == SEES, given.reshape(tokens, heads), torch.where(state == EMPTY, -torch.inf, fill))
         )
-        result = out if rows.out is None else rows.out.view(out.shape)
+        result = out if their_out is None else their_out.view(out.shape)
         out.copy_(torch.where(state[..., None] == SEES, result, fill[..., None].to(out.dtype)))
 
 

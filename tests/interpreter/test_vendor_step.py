@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portable_mla import CacheFormat, Capacity, MLAShape, Phase, Request, arch_named
-from portable_mla.backends.vendor.step import Step, VendorRows
+from portable_mla.backends.vendor.step import Step
 from portable_mla.backends.vendor.step_kernels import finish_rows_kernel, prepare_step_kernel
 from portable_mla.metadata import DecodeBuffers, DecodeMetadata, Needs, PagedBatch, Status
 
@@ -107,7 +107,7 @@ def test_the_step_is_that_of_the_torch_twin(case: StepCase, ratio: int) -> None:
 def test_rows_are_finished_as_by_the_torch_twin(copied: bool, query_len: int) -> None:
     case = StepCase([20, 0, 7, 150, 2, 3], None, query_len, 2, 0, 5)
     request = case.request()
-    step = Step(request, table=False)
+    step = Step(request, table=False, query_len=query_len, natural_per_unit=0.5)
     buffers = DecodeBuffers(request.capacity, PAGE_SIZE, Needs(query_indptr=True), Status.allocate(torch.device("cpu")))
     step.plan(buffers.update(case.batch(), PAGES))
     tokens, rng = 6 * query_len, torch.Generator().manual_seed(0)
@@ -115,7 +115,7 @@ def test_rows_are_finished_as_by_the_torch_twin(copied: bool, query_len: int) ->
     theirs = torch.randn(6, HEADS, query_len, generator=rng)
     given_out = torch.randn(tokens, HEADS, LATENT, generator=rng).half()
     strides = (theirs.stride(0), theirs.stride(2), theirs.stride(1))
-    rows = VendorRows(theirs, strides, query_len, given_out if copied else None, 0.5)
+    their_out = given_out if copied else None
     results = []
     for kernel in (False, True):
         wide = torch.zeros(tokens, HEADS + 1, LATENT).half()
@@ -123,11 +123,11 @@ def test_rows_are_finished_as_by_the_torch_twin(copied: bool, query_len: int) ->
         out.copy_(given_out)
         if kernel:
             FINISH[(tokens, 2)](
-                step.states, rows.out, rows.lse, out, lse, HEADS, query_len, rows.natural_per_unit,
+                step.states, their_out, theirs, out, lse, HEADS, query_len, 0.5,
                 *strides, *out.stride()[:2], *lse.stride(), LATENT=LATENT, BLOCK_H=4,
             )  # fmt: skip
         else:
-            step.finishing(copied, out, lse)(rows, out, lse)
+            step.finishing(copied, out, lse)(theirs, strides, their_out, out, lse)
         results.append((wide, lse))
     assert torch.equal(results[0][0].nan_to_num(77), results[1][0].nan_to_num(77))
     assert torch.equal(results[0][1].nan_to_num(77), results[1][1].nan_to_num(77))
