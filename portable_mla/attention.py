@@ -227,7 +227,7 @@ class MLAAttention:
         self._check_planned()
         capturing = self._note_capture()
         memo = self._calls.memo(q, kv_cache, out, lse, ours=ours)
-        tokens, pages = q.shape[0], kv_cache.shape[0]
+        tokens, pages = memo.tokens, memo.pages
         if pages < self._planned_pages:
             self._plan_for_pages(pages, capturing)
         if tokens != self._tokens and self._tokens is not None:

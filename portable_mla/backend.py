@@ -14,12 +14,16 @@ from portable_mla.shape import Phase, Request
 
 class CallMemo:
     """What a runner has worked out for calls whose inputs and results have the same shapes, strides, dtypes, device and
-    alignment: numbers and launches, for it keeps no tensor of a caller. None before the runner says so."""
+    alignment: numbers and launches, for it keeps no tensor of a caller. None before the runner says so.
 
-    __slots__ = ("layout",)
+    tokens, pages: of their q and kv_cache.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("layout", "pages", "tokens")
+
+    def __init__(self, tokens: int = 0, pages: int = 0) -> None:
         self.layout: Any = None
+        self.tokens, self.pages = tokens, pages
 
 
 class DecodeInputs(NamedTuple):

@@ -95,9 +95,11 @@ def result_tensors(
     q: Tensor, width: int, out: Tensor | None = None, lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The results to write into: those given, else new ones, [tokens, heads, width] in q's dtype and float32."""
-    rows = q.shape[:2]
-    out = q.new_empty(*rows, width) if out is None else out
-    lse = q.new_empty(*rows, dtype=torch.float32) if lse is None else lse
+    if out is not None and lse is not None:
+        return out, lse
+    tokens, heads, *_ = (*q.shape, 0, 0)  # of a q of fewer dimensions too: it is refused with its name
+    out = q.new_empty(tokens, heads, width) if out is None else out
+    lse = q.new_empty(tokens, heads, dtype=torch.float32) if lse is None else lse
     return out, lse
 
 

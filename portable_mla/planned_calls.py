@@ -37,7 +37,7 @@ class PlannedCalls:
             self._check(q, kv_cache, out, lse)
             if len(self._memos) >= _REMEMBERED:
                 self._memos.clear()
-            memo = self._memos[call] = CallMemo()
+            memo = self._memos[call] = CallMemo(q.shape[0], kv_cache.shape[0])
         return memo
 
     def _check(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor) -> None:

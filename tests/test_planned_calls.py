@@ -71,9 +71,9 @@ def test_what_is_refused_is_refused_again(calls: PlannedCalls) -> None:
 def test_an_attention_says_which_results_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def note(self: PlannedCalls, *_: Tensor, ours: bool) -> CallMemo:
+    def note(self: PlannedCalls, q: Tensor, kv_cache: Tensor, *_: Tensor, ours: bool) -> CallMemo:
         seen.append(ours)
-        return CallMemo()
+        return CallMemo(q.shape[0], kv_cache.shape[0])
 
     monkeypatch.setattr(PlannedCalls, "memo", note)
     attend = attention()
