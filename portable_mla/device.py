@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,6 +14,8 @@ from torch import Tensor
 from portable_mla.errors import UnsupportedDevice
 
 _HERE = nullcontext()
+# torch.cuda.current_device without its check that CUDA is initialised: for where there are tensors of a GPU.
+current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 Vendor = Literal["nvidia", "amd", "cpu"]
 
 
@@ -141,7 +144,7 @@ def local_devices() -> tuple[LocalDevice, ...]:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Kernels launch on the current GPU, which need not be the tensor's: there, for as long as this is entered."""
     index = tensor.get_device()
-    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device_of(tensor)
+    return _HERE if index < 0 or index == current_gpu() else torch.cuda.device_of(tensor)
 
 
 @functools.cache

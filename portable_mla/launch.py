@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portable_mla.device import built_for_amd
+from portable_mla.device import built_for_amd, current_gpu
 from portable_mla.errors import GraphCaptureError
 
 _WIDEST = 16  # bytes: what Triton specialises pointers on
@@ -97,7 +97,7 @@ def straight(compiled: Any, grid: tuple[int, ...], trailing: tuple[Any, ...] = (
     unknown = function is None or metadata is None or built_for_amd() or not torch.cuda.is_available()
     if run is None or unknown or _hooked():
         return lambda *arguments: public(*arguments, *trailing)
-    stream_of, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device
+    stream_of, device = torch._C._cuda_getCurrentRawStream, current_gpu
 
     def launch(*arguments: Any) -> None:
         run(x, y, z, stream_of(device()), function, metadata, None, None, None, *arguments, *trailing)

@@ -111,7 +111,7 @@ def test_the_device_is_switched_only_for_a_tensor_of_another_gpu(
         switched.append(index)
         return 1
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(device, "current_gpu", lambda: 1)
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", lambda index: index)
     tensor: Any = SimpleNamespace(get_device=lambda: index, is_cuda=index >= 0)

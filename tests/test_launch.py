@@ -57,7 +57,7 @@ def test_a_launch_goes_straight_to_the_launcher_where_it_is_known_and_unobserved
     kernel: type[_Compiled], hooked: bool, launched: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "current_gpu", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     monkeypatch.setattr(launch, "_hooked", lambda: hooked)
     compiled = kernel()
