@@ -133,10 +133,11 @@ def test_a_finishing_launch_takes_the_tensors_of_its_own_call_and_keeps_none(mon
 
     for index, (tokens, heads) in enumerate(((4, 16), (4, 16), (2, 16), (4, 17))):
         out, lse = results(tokens, heads)
-        grid, states, copied, lse_of_library, *rest = finish(out, lse)
-        assert grid == (tokens, 1) and states is step.states and copied is None and lse_of_library is theirs
-        assert rest[0] is out and rest[1] is lse
-        assert rest[2:] == [16, 1, 1.0, 16, 1, 1, heads * 512, 512, heads, 1]
+        grid, states, copied, *pointers_and_rest = finish(out, lse)
+        pointers, rest = pointers_and_rest[:3], pointers_and_rest[3:]
+        assert grid == (tokens, 1) and states == step.states.data_ptr() and copied is None
+        assert pointers == [tensor.data_ptr() for tensor in (theirs, out, lse)]
+        assert rest == [16, 1, 1.0, 16, 1, 1, heads * 512, 512, heads, 1]
         assert len(looked_up) == (1, 1, 2, 3)[index]
     last, lse = results(4, 16)
     kept = weakref.ref(last)

@@ -201,15 +201,25 @@ class Step:
         states, launch = self.states, kernel.at(key, (tokens, -(-heads // BLOCK_H[copied])))
         constant, ours = (heads, self._query_len, self._natural_per_unit), (of_token, of_row, *lse_strides)
 
-        def finish(
+        def first(
             theirs: Tensor, strides: tuple[int, int, int], their_out: Tensor | None, out: Tensor, lse: Tensor
         ) -> None:
             launch(states, their_out, theirs, out, lse, *constant, *strides, *ours)
 
-        if kernel.ready(key) is not None:
-            if len(self._finishing) >= REMEMBERED_CALLS:
-                self._finishing.clear()
-            self._finishing[called] = finish
+        if kernel.ready(key) is None:
+            return first
+        address = states.data_ptr()
+
+        def finish(
+            theirs: Tensor, strides: tuple[int, int, int], their_out: Tensor | None, out: Tensor, lse: Tensor
+        ) -> None:
+            # By address: Triton's launcher would ask the driver about each tensor.
+            source = None if their_out is None else their_out.data_ptr()
+            launch(address, source, theirs.data_ptr(), out.data_ptr(), lse.data_ptr(), *constant, *strides, *ours)
+
+        if len(self._finishing) >= REMEMBERED_CALLS:
+            self._finishing.clear()
+        self._finishing[called] = finish
         return finish
 
     def _finish(self, copied: bool) -> KernelLaunch:
