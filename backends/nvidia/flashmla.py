@@ -19,7 +19,7 @@ from portable_mla.backends.vendor.calls import NamedCall, Returned, call
 from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.operator import Operator, find_operator
-from portable_mla.backends.vendor.step import Step
+from portable_mla.backends.vendor.step import Step, StepView
 from portable_mla.cache_format import CacheFormat
 from portable_mla.errors import BackendError
 from portable_mla.metadata import DecodeMetadata, Needs
@@ -136,7 +136,7 @@ class FlashMLARunner:
         self._step.plan(metadata)
         kept = {batch: schedule for batch, schedule in self._schedules.items() if schedule.captured}
         for batch, schedule in kept.items():
-            schedule.update(self._plan(self._step.of(batch).kv_lens).tensors)
+            schedule.update(self._plan(batch).tensors)
         self._schedules = kept
 
     def memory(self) -> dict[str, int]:
@@ -153,14 +153,16 @@ class FlashMLARunner:
         returned, copied_q, in_place, finish = layout
         q = inputs.q.contiguous() if copied_q else inputs.q
         batch, query_len, heads, _ = shape = returned.out
-        step = self._step.of(batch)
-        schedule = self._schedule_of(batch, step.kv_lens, capturing=inputs.in_capture())
-        given: tuple[Any, ...] = (step.table, step.kv_lens, softmax_scale, *schedule.given)
+        schedule = self._schedules.get(batch)
+        if schedule is None or inputs.in_capture():
+            schedule = self._schedule_of(batch, capturing=inputs.in_capture())
+        step, (planned, splits) = schedule.step, schedule.given
+        given: tuple[Any, ...] = (step.table, step.kv_lens, softmax_scale, planned, splits)
         if self._in_place:
             given += (out.view(shape) if in_place else None,)
         results = self._decode(q.view(batch, query_len, heads, -1), inputs.kv_cache.unsqueeze(2), *given)
         rows, theirs = returned.of(results)
-        if self._operator is not None and schedule.given[0] is None:
+        if planned is None:
             schedule.keep(results[2:])
         of_batch, of_head, of_query = theirs.stride()
         finish(theirs, (of_batch, of_query, of_head), None if in_place else rows.contiguous(), out, lse)
@@ -173,7 +175,7 @@ class FlashMLARunner:
         returned = Returned(self._name, shapes[0], out.dtype, shapes[1])
         return new_layout(returned, self._step, inputs, out, lse, in_place=in_place)
 
-    def _schedule_of(self, batch: int, lens: Tensor, *, capturing: bool) -> _Schedule:
+    def _schedule_of(self, batch: int, *, capturing: bool) -> _Schedule:
         """The schedule of this step for so many requests, or, in a capture that none can be kept for, its own."""
         schedule = self._schedules.get(batch)
         if capturing:
@@ -181,38 +183,39 @@ class FlashMLARunner:
                 others = sum(other.captured for other in self._schedules.values())
                 schedule.captured = bool(schedule.tensors) and others < KEPT_SIZES
             if schedule is None or not schedule.captured:
-                return self._plan(lens)
+                return self._plan(batch)
         elif schedule is None:
-            schedule = self._schedules[batch] = self._plan(lens)
+            schedule = self._schedules[batch] = self._plan(batch)
         return schedule
 
-    def _plan(self, lens: Tensor) -> _Schedule:
+    def _plan(self, batch: int) -> _Schedule:
         """A schedule by the library."""
-        rows = self._query_len * self._shape.heads
+        step, rows = self._step.of(batch), self._query_len * self._shape.heads
         if self._hoisted is not None:
             made = call(
-                self._name, self._hoisted, seqlens_k=lens, num_q_tokens_per_head_k=rows, h_k=1, use_legacy=True
+                self._name, self._hoisted, seqlens_k=step.kv_lens, num_q_tokens_per_head_k=rows, h_k=1, use_legacy=True
             )  # fmt: skip
         else:
             # By position: the three have had other names, never another order.
-            arguments = () if self._plans_later else (lens, rows, 1)
+            arguments = () if self._plans_later else (step.kv_lens, rows, 1)
             made = call(self._name, functools.partial(self._get_metadata, *arguments))
         if not isinstance(made, tuple) or len(made) != 2:
             raise BackendError(f"{self._name}: returned {type(made).__name__} for its schedule, expected a pair")
         if self._plans_later:
-            return _Schedule(made if self._operator is None else (None, None), ())
+            return _Schedule(step, made if self._operator is None else (None, None), ())
         if self._hoisted is None or self._operator is not None:
-            return _Schedule(made, made)
+            return _Schedule(step, made, made)
         held, none = call(self._name, self._get_metadata)
         held.tile_scheduler_metadata, held.num_splits = made
-        return _Schedule((held, none), made)
+        return _Schedule(step, (held, none), made)
 
 
 @dataclass
 class _Schedule:
-    """A schedule. given: as the decode takes it; tensors: what it consists of, none where the library plans in the
-    decode."""
+    """A schedule of a step. given: as the decode takes it; tensors: what it consists of, none where the library plans
+    in the decode."""
 
+    step: StepView
     given: tuple[Any, Any]
     tensors: tuple[Tensor, ...]
     captured: bool = False

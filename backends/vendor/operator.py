@@ -15,7 +15,8 @@ class Operator:
 
     def __init__(self, library: str, function: Any, given: tuple[str, ...], constant: Mapping[str, Any]) -> None:
         names = [argument.name for argument in function._schema.arguments]
-        self._library, self._function = library, function
+        self._library, self._name = library, str(function)
+        self._function = getattr(function, "_op", function)  # what its own Python method calls, and nothing else
         self._positions = tuple(names.index(name) for name in given)
         self._arguments = [constant.get(name) for name in names]
 
@@ -27,7 +28,7 @@ class Operator:
         try:
             return self._function(*arguments)
         except Exception as error:  # a library may raise anything
-            raise fault(self._library, str(self._function), error) from error
+            raise fault(self._library, self._name, error) from error
 
 
 def find_operator(
