@@ -13,6 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 from portable_mla.integrations.transformers.attention import NAME, attend
 from portable_mla.integrations.transformers.paged import PAGED_NAME, attend_paged
 from portable_mla.integrations.transformers.verify import Recorded, check_modules, record
+from portable_mla.integrations.transformers.version import check_continuous_batching
 
 _ORIGINAL = "portable_mla_original_attention"  # attribute of a patched model: the name to put back
 _CHANGING_ROPE = ("dynamic", "longrope")  # they compute frequencies anew from config.head_dim
@@ -62,10 +63,12 @@ def continuous_batching(model: Any) -> Iterator[None]:
     """Inside, `model.generate_batch` of a patched model keeps one latent row a token. The config says so meanwhile, by
     num_key_value_heads and head_dim, from which transformers sizes its cache; both are put back.
 
-    Raises ValueError for a model that is not patched and NotImplementedError for RoPE that reads head_dim at each step.
+    Raises ValueError for a model that is not patched, and NotImplementedError for RoPE that reads head_dim at each step
+    and for transformers from 5.18 on.
     """
     if not hasattr(model, _ORIGINAL):
         raise ValueError("model: is not patched; call patch(model) first")
+    check_continuous_batching()
     config = _owner(model, mla_modules(model)).config
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in _CHANGING_ROPE:
