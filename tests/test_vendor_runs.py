@@ -14,6 +14,7 @@ import torch
 from portable_mla import BackendError, NoBackend, arch_named, select
 from portable_mla.arguments import DecodeArguments
 from portable_mla.backend import CallMemo, DecodeInputs, decode_runner
+from portable_mla.backends.vendor.calls import last_offset
 from portable_mla.metadata import DecodeBuffers, Limits, Status
 from tests import acceptance
 from tests import fake_libraries as fakes
@@ -278,6 +279,21 @@ def test_a_cache_at_odd_strides_is_refused_before_the_library_is_called(here: Ma
     bound = Bound(arch, backend, problem)
     with pytest.raises(NoBackend, match="needs a kv_cache whose address and strides are multiples of 16 bytes"):
         bound.step(problem.with_cache(odd))
+
+
+def test_flashinfer_refuses_rows_that_its_offsets_do_not_reach(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from portable_mla.backends.nvidia import flashinfer_runner
+
+    arch, backend = put(here, "flashinfer 0.6")
+    problem = build(CASES[0])
+    q_end, cache_end = problem.q.numel(), problem.kv_cache.numel()
+    assert last_offset(problem.q) == q_end - 1 < cache_end - 1 == last_offset(problem.kv_cache)
+    bound = Bound(arch, backend, problem)
+    monkeypatch.setattr(flashinfer_runner, "MOST_OFFSET", cache_end)
+    acceptance.check(problem, *bound.step(problem))
+    monkeypatch.setattr(flashinfer_runner, "MOST_OFFSET", q_end)
+    with pytest.raises(NoBackend, match=f"needs all of kv_cache within {q_end} elements of its first"):
+        bound.step(problem)
 
 
 @pytest.mark.parametrize("release", fakes.RELEASES)

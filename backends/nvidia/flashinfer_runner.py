@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.vendor.calls import call, call_with, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, last_offset, result, wide_cache, wide_rows
 from portable_mla.backends.vendor.library import Loaded
 from portable_mla.backends.vendor.step import Step
 from portable_mla.errors import BackendError, NoBackend
@@ -23,6 +23,7 @@ NAME = "flashinfer"
 WRAPPER = "BatchMLAPagedAttentionWrapper"
 TABLE_CALL = "trtllm_batch_decode_with_kv_cache_mla"
 WORKSPACE_BYTES = 128 << 20
+MOST_OFFSET = 2**32  # elements. 0.6.14's fa3 on an H100: rows beyond were wrong, rows beyond 2**31 right
 NOPE_DIM = 128  # of the models that the geometry belongs to; the call asks for it and does not use it
 
 
@@ -82,8 +83,12 @@ class WrapperRunner:
         assert self._metadata is not None and self._lse is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
         cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
-        if max(cache.stride() + q.stride() + out.stride()) >= 2**32:
-            raise NoBackend(f"{NAME}: needs strides below 2**32 elements, got {cache.stride()} of kv_cache")
+        for name, tensor in (("kv_cache", cache), ("q", q), ("out", out)):
+            if last_offset(tensor) >= MOST_OFFSET:
+                raise NoBackend(
+                    f"{NAME}: needs all of {name} within {MOST_OFFSET} elements of its first, got strides "
+                    f"{tensor.stride()} of shape {tuple(tensor.shape)}; triton takes any"
+                )
         if self._step.fit(q) or self._stale or softmax_scale != self._scale:
             self._plan(softmax_scale)
         tokens = q.shape[0]
