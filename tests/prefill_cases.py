@@ -120,6 +120,18 @@ def _needle(case: PrefillCase, q: Tensor, keys: int, rng: torch.Generator) -> Re
     return projection, k_pe
 
 
+def _heavy(case: PrefillCase, q: Tensor, keys: int, rng: torch.Generator) -> Result:
+    """A key in the middle that has 2**3 to 2**7 times the weight of those at both ends, and all others none: rounding
+    its weight shows, whichever way a kernel walks."""
+    projection, k_pe = _random(case, keys, rng, 1.0)
+    q.zero_()
+    q[..., 0] = torch.linspace(1, 2, case.heads)
+    projection[..., 0] = -150
+    projection[:1, :, 0] = projection[-1:, :, 0] = 0
+    projection[keys // 2 : keys // 2 + 1, :, 0] = 25
+    return projection, k_pe
+
+
 def _extreme(sign: float) -> Content:
     """Logits near +-1e5, exact in float32, so that only a finite stand-in for infinity can go wrong."""
 
@@ -141,6 +153,7 @@ def _ties(case: PrefillCase, q: Tensor, keys: int, rng: torch.Generator) -> Resu
 CONTENTS: dict[str, Content] = {
     "iid": _iid,
     "needle": _needle,
+    "heavy": _heavy,
     "neg_extreme": _extreme(-1.0),
     "pos_extreme": _extreme(1.0),
     "ties": _ties,

@@ -77,6 +77,7 @@ def accepted(target: Target, case: PrefillCase) -> PrefillProblem:
 @example(case=PrefillCase((0, 3, 0), (5, 0, 0), padding=300))
 @example(case=PrefillCase((7, 1), (3, 1)))
 @example(case=PrefillCase((130, 1, 257), (400, 129, 257), content="needle", garbage="hot"))
+@example(case=PrefillCase((40, 130), (600, 300), 8, (192, 64, 256), content="heavy"))
 @example(case=PrefillCase((128, 128), (128, 256), content="neg_extreme"))
 @example(case=PrefillCase((128, 128), (128, 256), content="pos_extreme"))
 @example(case=PrefillCase((5, 65), (300, 64), causal=False, content="ties"))

@@ -20,6 +20,9 @@ Decisions, in TFLOP/s of an H100 80GB HBM3 at (sequences x tokens x heads), caus
 - Maxima and sums in four chains, sums across lanes once an item: predicted 2 %. 1x16384x16 800 -> 799. Kept with LATE:
   both, and the wait in the middle, 805.
 - The first scores of an item run while the one before is stored (AHEAD): predicted 1 %. 1x16384x16 805 -> 810. Kept.
+- Levels that stay until weights reach 2**8, and acc rescaled only by warps that have a factor other than 1, as in the
+  decode: predicted 2 to 3 % where V is 256 wide, 192+64 and 256+0, 1x8192x64 729 -> 781 and 737 -> 785. Kept there.
+  128+64, instead of LATE: 1x8192x128 760 -> 748, 1x16384x16 775 -> 773. Dropped there.
 - The next item is looked up before the last block's keys are asked for: 4x2048x128 643 -> 651. Kept.
 - Heads whose keys and values are 20 MiB together, not 32: 1x4096x128 732 -> 738, 4x2048x128 651 -> 657; 14 MiB 718.
 - Scores scaled before the maximum is subtracted, so that equal logits weigh the same however large they are: predicted
@@ -62,8 +65,8 @@ from portable_mla.backends.nvidia.sm90_prefill_score_kernels import (
     store,
     zero_tail,
 )
-from portable_mla.backends.nvidia.sm90_softmax_kernels import weigh
-from portable_mla.backends.nvidia.sm90_sync_kernels import arrive, meet, multiply, publish_barriers
+from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, raise_level, weigh
+from portable_mla.backends.nvidia.sm90_sync_kernels import arrive, meet, multiply, multiply_unless_one, publish_barriers
 from portable_mla.backends.triton.decode_kernels import LOG2_E, START_MAX
 
 TURN_0 = gl.constexpr(13)  # + warpgroup: it may issue its products
@@ -134,7 +137,7 @@ def _attend(
     acc_row: gl.constexpr = gl.SliceLayout(1, accumulator(V_DIM))
     operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(V_DIM), 2)
     acc = gl.zeros([HALF, V_DIM], gl.float32, accumulator(V_DIM))
-    row_max = gl.full([HALF], START_MAX, gl.float32, stats)
+    largest = gl.full([HALF], START_MAX, gl.float32, stats)
     sees = item.key_len
     if CAUSAL:
         sees = gl.minimum(item.sees + WARPGROUP * HALF, sees)
@@ -146,9 +149,10 @@ def _attend(
         zero_tail(room.values.index(stage), item.key_len - position, BLOCK_N, V_DIM)
     if position + BLOCK_N > sees:
         scores = mask(scores, position, item, BLOCK_N, WARPGROUP, CAUSAL)
-    row_max = gl.maximum(row_max, row_maxima(scores, BLOCK_N))
-    log2_max = multiply(row_max, scale)
-    weights = weigh(scores, log2_max, scale)
+    largest = gl.maximum(largest, row_maxima(scores, BLOCK_N))
+    level = largest
+    log2_level = multiply(level, scale)
+    weights = weigh(scores, log2_level, scale)
     sums = partial_sums(weights, BLOCK_N)
     rounded = gl.convert_layout(weights.to(room.values.dtype), operand)
     factor = gl.full([HALF], 1.0, gl.float32, stats)
@@ -171,18 +175,25 @@ def _attend(
         if position + BLOCK_N > sees:
             scores = mask(scores, position, item, BLOCK_N, WARPGROUP, CAUSAL)
         maxima = row_maxima(scores, BLOCK_N)
-        row_max = gl.maximum(row_max, maxima)
-        higher = gl.maximum(log2_max, multiply(maxima, scale))
-        factor = gl.exp2(log2_max - higher)
+        largest = gl.maximum(largest, maxima)
+        if LATE:
+            level = largest
+            higher = gl.maximum(log2_level, multiply(maxima, scale))
+            factor = gl.exp2(log2_level - higher)
+            log2_level = higher
+        else:
+            raised = raise_level(level, maxima, scale)
+            higher = multiply(raised, scale)
+            factor = growth(level, raised, scale)
+            level = raised
         weights = weigh(scores, higher, scale)
         sums = sums * gl.convert_layout(factor, sums_row)[:, None] + partial_sums(weights, BLOCK_N)
         sums = settle(sums, 4)
-        log2_max = higher
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _free_values(stage)
         rounded = gl.convert_layout(weights.to(room.values.dtype), operand)
         if not LATE:
-            acc = acc * gl.convert_layout(factor, acc_row)[:, None]
+            acc = multiply_unless_one(acc, gl.convert_layout(factor, acc_row)[:, None], V_DIM // 2)
         stage ^= 1
     if item.blocks == 1:
         _free_query(WARPGROUP)
@@ -192,7 +203,7 @@ def _attend(
     acc = warpgroup_mma(rounded, room.values.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     _free_values(stage)
-    return acc, row_max, log2_max, gl.convert_layout(gl.sum(sums, 1), stats)
+    return acc, level, largest, gl.convert_layout(gl.sum(sums, 1), stats)
 
 
 @gluon.jit
@@ -210,18 +221,16 @@ def _attend_items(
     scores = _begin(room, item, 0, BLOCK_N, WARPGROUP)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     while item.head >= 0:
-        acc, row_max, log2_max, row_sum = _attend(
-            room, item, scores, used, scale, WARPGROUP, CAUSAL, BLOCK_N, V_DIM, LATE
-        )
+        acc, level, largest, row_sum = _attend(room, item, scores, used, scale, WARPGROUP, CAUSAL, BLOCK_N, V_DIM, LATE)
         if not AHEAD:
-            store(acc, row_max, log2_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
+            store(acc, level, largest, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
         used += item.blocks
         count += 1
         mbarrier.wait(room.query_full.index(WARPGROUP), count & 1)
         next_item = receive_item(room, count)
         scores = _begin(room, next_item, used, BLOCK_N, WARPGROUP)
         if AHEAD:
-            store(acc, row_max, log2_max, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
+            store(acc, level, largest, row_sum, scale, item, results, room.values.dtype, V_DIM, BLOCK_N, WARPGROUP)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         item = next_item
     if WARPGROUP == 0:

@@ -7,8 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language import core
 
 from portable_mla.backends.nvidia.sm90_prefill_room_kernels import BOX, HALF
-from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser
-from portable_mla.backends.nvidia.sm90_sync_kernels import opaque, synchronize
+from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser, rounding_gain
+from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque, synchronize
 from portable_mla.backends.triton.decode_kernels import LN_2
 
 
@@ -96,12 +96,14 @@ def zero_tail(values, valid, BLOCK_N: gl.constexpr, V_DIM: gl.constexpr):
 
 @gluon.jit
 def store(
-    acc, row_max, log2_max, row_sum, scale, item, results, DTYPE: gl.constexpr, V_DIM: gl.constexpr,
+    acc, level, largest, row_sum, scale, item, results, DTYPE: gl.constexpr, V_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Normalises and writes the rows that the item has."""
     layout: gl.constexpr = wide(V_DIM)
-    norm = normaliser(row_max, log2_max, row_sum, scale, DTYPE)
+    log2_level = multiply(level, scale)
+    gain = rounding_gain(largest, level, scale, DTYPE)
+    norm = normaliser(level, log2_level, row_sum, scale, DTYPE, gain)
     acc = acc * gl.convert_layout(norm, gl.SliceLayout(1, accumulator(V_DIM)))[:, None]
     out = gl.convert_layout(acc.to(results.out_ptr.dtype.element_ty), layout)
     row = WARPGROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
@@ -113,6 +115,6 @@ def store(
     token = item.first_row + row
     lse_row = token.to(gl.int64) * results.stride_lse_token + item.head.to(gl.int64) * results.stride_lse_head
     empty = row_sum == 0.0
-    log2_sum = log2_max + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
+    log2_sum = log2_level + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
     lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
     gl.store(results.lse_ptr + lse_row, lse, mask=row < item.rows)
