@@ -16,7 +16,7 @@ from portable_mla.backends import reference
 from portable_mla.prefill import run_prefill
 from portable_mla.prefill_arguments import PrefillArguments
 from tests.acceptance import Errors, emulate_softmax, judge
-from tests.cases import DTYPES
+from tests.cases import DTYPES, heavy_logit
 from tests.targets import Target, local_targets
 
 Result = tuple[Tensor, Tensor]
@@ -121,14 +121,13 @@ def _needle(case: PrefillCase, q: Tensor, keys: int, rng: torch.Generator) -> Re
 
 
 def _heavy(case: PrefillCase, q: Tensor, keys: int, rng: torch.Generator) -> Result:
-    """A key in the middle that has 2**3 to 2**7 times the weight of those at both ends, and all others none: rounding
-    its weight shows, whichever way a kernel walks."""
+    """A key in the middle that outweighs those at both ends, and all others none."""
     projection, k_pe = _random(case, keys, rng, 1.0)
     q.zero_()
-    q[..., 0] = torch.linspace(1, 2, case.heads)
-    projection[..., 0] = -150
+    q[..., :2] = 1
+    projection[..., :2] = torch.tensor([-150.0, 0.0])
     projection[:1, :, 0] = projection[-1:, :, 0] = 0
-    projection[keys // 2 : keys // 2 + 1, :, 0] = 25
+    projection[keys // 2 : keys // 2 + 1, :, :2] = torch.tensor(heavy_logit(sum(case.geometry[:2])))
     return projection, k_pe
 
 

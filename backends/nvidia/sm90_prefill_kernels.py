@@ -16,13 +16,11 @@ Decisions, in TFLOP/s of an H100 80GB HBM3 at (sequences x tokens x heads), caus
 - The rope part of Q in registers: predicted 1 % of shared memory's time. 1x16384x16 794 -> 797, and after the changes
   below 784 -> 781, 1x4096x128 731 -> 726. Dropped.
 - Rescaling acc behind the next Q K^T (LATE): predicted 3 %. Lost 1 % alone, 1x16384x16 800 -> 794, and is part of
-  the best measured set; without it that set was not measured.
+  the best measured set; instead of it, levels as in the decode (sm90_softmax_kernels.py): 1x8192x128 760 -> 748.
+- Levels where V is 256 wide: predicted 2 to 3 %. 192+64 and 256+0, 1x8192x64 729 -> 781 and 737 -> 785. Kept there.
 - Maxima and sums in four chains, sums across lanes once an item: predicted 2 %. 1x16384x16 800 -> 799. Kept with LATE:
   both, and the wait in the middle, 805.
 - The first scores of an item run while the one before is stored (AHEAD): predicted 1 %. 1x16384x16 805 -> 810. Kept.
-- Levels that stay until weights reach 2**8, and acc rescaled only by warps that have a factor other than 1, as in the
-  decode: predicted 2 to 3 % where V is 256 wide, 192+64 and 256+0, 1x8192x64 729 -> 781 and 737 -> 785. Kept there.
-  128+64, instead of LATE: 1x8192x128 760 -> 748, 1x16384x16 775 -> 773. Dropped there.
 - The next item is looked up before the last block's keys are asked for: 4x2048x128 643 -> 651. Kept.
 - Heads whose keys and values are 20 MiB together, not 32: 1x4096x128 732 -> 738, 4x2048x128 651 -> 657; 14 MiB 718.
 - Scores scaled before the maximum is subtracted, so that equal logits weigh the same however large they are: predicted

@@ -113,7 +113,9 @@ def store(
     gl.store(results.out_ptr + out_row[:, None] + column[None, :].to(gl.int64), out, mask=(row < item.rows)[:, None])
     row = WARPGROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, accumulator(BLOCK_N)))
     token = item.first_row + row
-    lse_row = token.to(gl.int64) * results.stride_lse_token + item.head.to(gl.int64) * results.stride_lse_head
+    # opaque: widened once for all items, the strides would be spilled through the loop over keys
+    lse_row = token.to(gl.int64) * opaque(results.stride_lse_token)
+    lse_row += item.head.to(gl.int64) * opaque(results.stride_lse_head)
     empty = row_sum == 0.0
     log2_sum = log2_level + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
     lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
