@@ -116,7 +116,8 @@ def compile_gluon(request: Request) -> Any:
 
     from portable_mla.backends.nvidia.sm90_eviction import rewriting
     from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
-    from portable_mla.backends.nvidia.sm90_runner import BLOCK, BOX_LAYOUT, LAYOUT, TILES, Sm90Runner
+    from portable_mla.backends.nvidia.sm90_load_kernels import BOX_LAYOUT
+    from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, TILES, Sm90Runner
 
     shape = request.shape
     runner = Sm90Runner(request, Tile(64, 64, 8, 2))
@@ -126,7 +127,7 @@ def compile_gluon(request: Request) -> Any:
     types |= {name: f"tensordesc<{dtype}[{rows}, {BLOCK}],{LAYOUT!r}>" for name, rows in boxes.items()}
     box = [TILES // constants["BOXES"], BLOCK, BLOCK]
     in_boxes = shape.page_size >= BLOCK
-    types["box_desc"] = f"tensordesc<{dtype}{box},{BOX_LAYOUT!r}>" if in_boxes else types["kv_desc"]
+    types["box_desc"] = f"tensordesc<{dtype}{box},{BOX_LAYOUT.value!r}>" if in_boxes else types["kv_desc"]
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from portable_mla.cache_format import CacheFormat, cache_format_of
 from portable_mla.device import Arch, arch_of
+from portable_mla.launch import span_bytes
 from portable_mla.metadata import PagedBatch
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
@@ -196,14 +197,6 @@ def check_dense(name: str, tensor: Tensor) -> None:
     """The last dimension has a stride of 1."""
     if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name}: expected a last-dimension stride of 1, got strides {tensor.stride()}")
-
-
-def span_bytes(tensor: Tensor) -> int:
-    """Bytes from the first to the last element of a strided tensor."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _rows_are_apart(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from portable_mla.device import built_for_amd, current_gpu
 from portable_mla.errors import GraphCaptureError
 
-_WIDEST = 16  # bytes: what Triton specialises pointers on
+WIDEST = 16  # bytes: what Triton specialises pointers on
 _FARTHEST = 2**31 - 1  # bytes
 _REMEMBERED_GRIDS = 1024
 
@@ -24,11 +24,19 @@ def alignment(*tensors: Tensor | None, amd: bool | None = None) -> tuple[bool | 
 
     amd: what torch was built for, if unsaid.
     """
-    wide = tuple([None if tensor is None else tensor.data_ptr() % _WIDEST == 0 for tensor in tensors])
+    wide = tuple([None if tensor is None else tensor.data_ptr() % WIDEST == 0 for tensor in tensors])
     if not (built_for_amd() if amd is None else amd):
         return wide
     near = [None if tensor is None else tensor.untyped_storage().nbytes() <= _FARTHEST for tensor in tensors]
     return (*wide, *near)
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """Bytes from the first to the last element of a strided tensor."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 class KernelLaunch:

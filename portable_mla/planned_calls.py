@@ -7,10 +7,10 @@ from torch import Tensor
 from portable_mla.arguments import check_cache_row, check_outputs, check_tensors
 from portable_mla.backend import CallMemo
 from portable_mla.errors import PlanMismatch
+from portable_mla.launch import WIDEST
 from portable_mla.shape import Request
 
 _REMEMBERED = 4096
-_ALIGNED = 16  # bytes: what kernels are specialised on
 
 
 class PlannedCalls:
@@ -30,7 +30,7 @@ class PlannedCalls:
         call = (
             q.shape, q.stride(), q.dtype, q.get_device(), q.data_ptr(),
             kv_cache.shape, kv_cache.stride(), kv_cache.dtype, kv_cache.get_device(), kv_cache.data_ptr(),
-            (out.data_ptr() | lse.data_ptr()) % _ALIGNED if ours else _laid_out(out, lse),
+            (out.data_ptr() | lse.data_ptr()) % WIDEST if ours else _laid_out(out, lse),
         )  # fmt: skip
         memo = self._memos.get(call)
         if memo is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from hypothesis.errors import Unsatisfiable
 
 from portable_mla import NoBackend, Settings, UnsupportedDevice, arch_of
 from tests.targets import Target, local_targets
+
+if TYPE_CHECKING:
+    from tests.vendor_machine import Machine
 
 # A backend of few geometries refuses most cases, which the tests then leave out.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -110,6 +115,15 @@ def target(request: pytest.FixtureRequest) -> Target:
     """Every backend on every device of this machine."""
     value: Target = request.param
     return value
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A machine without vendor libraries."""
+    from tests.vendor_machine import machine
+
+    with machine(tmp_path, monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture

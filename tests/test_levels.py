@@ -3,6 +3,8 @@ rule with the rounding of the largest weight made up for, and fail it without.""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +13,7 @@ from tests import acceptance
 from tests.acceptance import logical_rows
 from tests.cases import Case, Problem, build
 
-BLOCK, MOST_LOG2 = 64, 8.0
-LN_2 = 0.6931471805599453
+BLOCK, MOST_LOG2, LN_2 = 64, 8.0, math.log(2)
 
 
 def decode(problem: Problem, *, made_up: bool) -> tuple[Tensor, Tensor]:

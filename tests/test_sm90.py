@@ -208,11 +208,13 @@ def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(monk
         if call:
             (_, decode), (_, combine) = launched[-2:]
             assert decode["q_desc"].base is q and decode["kv_desc"].base is decode["kv_ptr"] is cache
+            assert decode["box_desc"].base is cache and decode["box_desc"].block_shape == [2, 64, 64]
             assert decode["table_header_ptr"] is plan.table_header and combine["token_slots_ptr"] is plan.token_slots
             for given in (decode, combine):
                 assert given["out_ptr"] is out and given["lse_ptr"] is lse
                 assert given.get("softmax_scale", 0.1 * call) == 0.1 * call
     assert memo.layout.q_desc.base is None and memo.layout.kv_desc.base is None
+    assert memo.layout.box_desc.base is None
 
 
 LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd2, {%r3, %r4}], [%r5];"
@@ -226,6 +228,8 @@ def test_loads_behind_a_mark_and_no_others_are_rewritten() -> None:
     assert hinted.count(".L2::cache_hint [%r1], [%rd2, {%r3, %r4}], [%r5], policy;") == 2
     assert hinted.count(f"\t{LOAD}") == 1, "the load that no mark precedes"
     assert "@%p1 cp.async" in hinted
+    box = LOAD.replace("2d", "3d")
+    assert sm90_eviction.evict_first(f"{mark}\t{box}\n").count(".L2::cache_hint [%r1]") == 1
     for unknown in (f"\t{LOAD}\n", f"{mark}\tcp.async.bulk.tensor.3d.shared [%r1];\n\t{LOAD}\n"):
         assert sm90_eviction.evict_first(unknown) == unknown
 

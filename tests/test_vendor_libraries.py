@@ -4,8 +4,6 @@ before it is about to be chosen."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,17 +11,10 @@ from portable_mla import CacheFormat, Phase, Settings, explain, select
 from portable_mla.registry import BACKENDS, ORDER
 from tests import fake_libraries as fakes
 from tests.invoking import invoke, invoke_json
-from tests.vendor_machine import FP16, Machine, machine, reasons, request, shape
+from tests.vendor_machine import FP16, Machine, reasons, request, shape
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 EXITS = "raise SystemExit('rocminfo is missing')\n"
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A machine without libraries."""
-    with machine(tmp_path, monkeypatch) as made:
-        yield made
 
 
 @pytest.mark.parametrize(

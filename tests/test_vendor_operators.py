@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +14,11 @@ from tests import acceptance
 from tests.cases import Case, build
 from tests.fake_operators import OPERATORS, FakeOperator
 from tests.test_vendor_runs import CASES, LIBRARIES, Bound, put
-from tests.vendor_machine import Machine, machine
+from tests.vendor_machine import Machine
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
 UNUSED = "raise AssertionError('the Python call was used')"
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A machine without libraries."""
-    with machine(tmp_path, monkeypatch) as made:
-        yield made
 
 
 def put_without_call(here: Machine, library: str) -> tuple[str, str]:

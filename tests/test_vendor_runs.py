@@ -4,9 +4,8 @@ follow the lengths, and faults of a library are errors that name it."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ import torch
 from portable_mla import BackendError, NoBackend, arch_named, select
 from portable_mla.arguments import DecodeArguments
 from portable_mla.backend import CallMemo, DecodeInputs, decode_runner
-from portable_mla.backends.vendor.calls import last_offset
+from portable_mla.launch import span_bytes
 from portable_mla.metadata import DecodeBuffers, Limits, Status
 from tests import acceptance
 from tests import fake_libraries as fakes
 from tests.cases import Case, Problem, build
 from tests.targets import Target
-from tests.vendor_machine import Machine, machine
+from tests.vendor_machine import Machine
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -48,13 +47,6 @@ CASES = [
     Case((70, 65), heads=16, page_size=32, dtype="fp16"),
     Case((130, 65, 0, 200), heads=40, page_size=64, max_query_len=2, content="fingerprint"),
 ]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A machine without libraries."""
-    with machine(tmp_path, monkeypatch) as made:
-        yield made
 
 
 def put(here: Machine, library: str) -> tuple[str, str]:
@@ -287,7 +279,7 @@ def test_flashinfer_refuses_rows_that_its_offsets_do_not_reach(here: Machine, mo
     arch, backend = put(here, "flashinfer 0.6")
     problem = build(CASES[0])
     q_end, cache_end = problem.q.numel(), problem.kv_cache.numel()
-    assert last_offset(problem.q) == q_end - 1 < cache_end - 1 == last_offset(problem.kv_cache)
+    assert span_bytes(problem.q) == 2 * q_end < 2 * cache_end == span_bytes(problem.kv_cache)
     bound = Bound(arch, backend, problem)
     monkeypatch.setattr(flashinfer_runner, "MOST_OFFSET", cache_end)
     acceptance.check(problem, *bound.step(problem))

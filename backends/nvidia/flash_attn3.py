@@ -17,7 +17,7 @@ from portable_mla.backends.vendor.calls import NamedCall, Returned, call, wide
 from portable_mla.backends.vendor.layout import VendorLayout, new_layout
 from portable_mla.backends.vendor.library import Builds, Library, Loaded
 from portable_mla.backends.vendor.operator import Operator, find_operator
-from portable_mla.backends.vendor.step import Step, StepView
+from portable_mla.backends.vendor.step import Step
 from portable_mla.cache_format import CacheFormat
 from portable_mla.errors import NoBackend
 from portable_mla.metadata import DecodeMetadata, Needs
@@ -157,10 +157,8 @@ class FlashAttn3Runner:
         self._splits = most_splits(request)
         self._ratio = page_ratio(request)
         self._step = Step(request, table=True, ratio=self._ratio)
-        self._operator = self._find_operator()
-        self._decode = self._operator or self._function()
+        self._decode = self._find_operator() or self._function()
         self._batch = 0
-        self._view: StepView | None = None
         self._schedule: Tensor | None = None
         self._current: Tensor | None = None
 
@@ -173,7 +171,6 @@ class FlashAttn3Runner:
         """Copy table and lengths to where they stay, and have the library schedule them."""
         self._step.plan(metadata)
         self._batch = metadata.batch.size
-        self._view = self._step.of(self._batch)
         self._plan()
 
     def memory(self) -> dict[str, int]:
@@ -195,8 +192,7 @@ class FlashAttn3Runner:
             out.zero_()
             lse.fill_(-torch.inf)
             return
-        step = self._view
-        assert step is not None, "run before plan"
+        step = self._step.of(self._batch)
         values, keys = torch.split_with_sizes(self._pages(inputs.kv_cache), self._widths, -1)
         q_v, q_rope = torch.split_with_sizes(q, self._widths, -1)
         schedule = None if inputs.in_capture() else self._current
@@ -218,8 +214,7 @@ class FlashAttn3Runner:
             "max_seqlen_q": self._query_len, "max_seqlen_k": self._max_kv_len, "is_causal": True,
             "num_splits": self._splits,
         }  # fmt: skip
-        path = self._loaded.library.operator
-        return find_operator(self._name, path, GIVEN_OPERATOR, constant, _NEUTRAL) if path else None
+        return find_operator(self._name, self._loaded.library.operator, GIVEN_OPERATOR, constant, _NEUTRAL)
 
     def _function(self) -> NamedCall:
         constant: dict[str, Any] = {

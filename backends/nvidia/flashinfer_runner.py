@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.vendor.calls import call, call_with, last_offset, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, result, wide_cache, wide_rows
 from portable_mla.backends.vendor.library import Loaded
 from portable_mla.backends.vendor.step import Step
 from portable_mla.errors import BackendError, NoBackend
+from portable_mla.launch import span_bytes
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.shape import Request
 
@@ -84,7 +85,7 @@ class WrapperRunner:
         assert kv_scale is None, "refused by dispatch"
         cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
         for name, tensor in (("kv_cache", cache), ("q", q), ("out", out)):
-            if last_offset(tensor) >= MOST_OFFSET:
+            if span_bytes(tensor) > MOST_OFFSET * tensor.element_size():
                 raise NoBackend(
                     f"{NAME}: needs all of {name} within {MOST_OFFSET} elements of its first, got strides "
                     f"{tensor.stride()} of shape {tuple(tensor.shape)}; triton takes any"

@@ -26,7 +26,7 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
 )
 
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
-BOXES = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
+BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
 EVEN_USED, ODD_USED = gl.constexpr(1), gl.constexpr(2)
 
 
@@ -88,7 +88,7 @@ def _load_half(cache, rows, FIRST: gl.constexpr, full, half, once, PAGE_SIZE: gl
     """256 columns of a block, in as many boxes as there are mbarriers where pages hold whole blocks."""
     TILES: gl.constexpr = HALF // BLOCK // len(full)
     if PAGE_SIZE >= BLOCK:
-        boxes = reinterpret(half.index(0), [len(full), TILES, BLOCK, BLOCK], BOXES)
+        boxes = reinterpret(half.index(0), [len(full), TILES, BLOCK, BLOCK], BOX_LAYOUT)
         for box in gl.static_range(len(full)):
             mbarrier.expect(full[box], TILES * TILE_BYTES)
             _load_box(cache.boxes, [FIRST // BLOCK + box * TILES, rows[0], 0], full[box], boxes.index(box), once)

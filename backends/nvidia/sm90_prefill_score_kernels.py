@@ -103,7 +103,7 @@ def store(
     layout: gl.constexpr = wide(V_DIM)
     log2_level = multiply(level, scale)
     gain = rounding_gain(largest, level, scale, DTYPE)
-    norm = normaliser(level, log2_level, row_sum, scale, DTYPE, gain)
+    norm = normaliser(level, row_sum, gain, scale, DTYPE)
     acc = acc * gl.convert_layout(norm, gl.SliceLayout(1, accumulator(V_DIM)))[:, None]
     out = gl.convert_layout(acc.to(results.out_ptr.dtype.element_ty), layout)
     row = WARPGROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))

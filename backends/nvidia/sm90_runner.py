@@ -15,6 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from portable_mla.backend import DecodeInputs
 from portable_mla.backends.nvidia.sm90_eviction import rewriting
 from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
+from portable_mla.backends.nvidia.sm90_load_kernels import BOX_LAYOUT
 from portable_mla.backends.nvidia.sm90_portable import PortablePath
 from portable_mla.backends.nvidia.sm90_tile import Sm90Tile, sm90_tile
 from portable_mla.backends.triton.combine import Combine, Partials
@@ -29,7 +30,6 @@ BLOCK = 64  # rows of a program, keys of a block, columns of a TMA box
 ALIGNMENT = 16  # bytes, of every address and stride that TMA takes
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # what TMA writes and wgmma reads
 TILES = 4  # of 64 columns, of half a block of keys
-BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 _ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=BLOCK, num_warps=4, num_stages=1)
 
 
@@ -124,7 +124,7 @@ class Sm90Runner:
         decode, combine = self._decode.at(key, self._grid), self._combine.at(key, tokens)
         copied = not _is_rows(q)
         q_desc, kv_desc = self._query_rows(self._dense(q) if copied else q), _cache_rows(cache, rows)
-        box_desc = _cache_boxes(cache, rows, self._box_tiles) if cache.shape[1] >= BLOCK else kv_desc
+        box_desc = _cache_boxes(kv_desc, self._box_tiles) if cache.shape[1] >= BLOCK else kv_desc
         layout = _Layout(q_desc, kv_desc, box_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
         if decode is self._decode.at(key, self._grid) and combine is self._combine.at(key, tokens):
             inputs.remember(layout)  # a first launch, which compiles, is another each time
@@ -200,12 +200,11 @@ def _cache_rows(cache: Tensor, step: int) -> TensorDescriptor:
     return _rows_of(cache, (pages - 1) * step + page_size, _outer_strides(cache)[1], min(page_size, BLOCK))
 
 
-def _cache_boxes(cache: Tensor, step: int, tiles: int) -> TensorDescriptor:
-    """Descriptor of the cache as tiles of 64 columns, so many of them a box."""
-    pages, page_size, width = cache.shape
-    rows, stride = (pages - 1) * step + page_size, _outer_strides(cache)[1]
-    shape, strides = [width // BLOCK, rows, BLOCK], [BLOCK, stride, 1]
-    return TensorDescriptor(cache, shape, strides, [tiles, BLOCK, BLOCK], BOX_LAYOUT)
+def _cache_boxes(rows: TensorDescriptor, tiles: int) -> TensorDescriptor:
+    """Descriptor of the same cache as tiles of 64 columns, so many of them a box."""
+    count, width = rows.shape
+    shape, strides = [width // BLOCK, count, BLOCK], [BLOCK, *rows.strides]
+    return TensorDescriptor(rows.base, shape, strides, [tiles, BLOCK, BLOCK], BOX_LAYOUT.value)
 
 
 def _rows_of(tensor: Tensor, rows: int, stride: int, box: int) -> TensorDescriptor:

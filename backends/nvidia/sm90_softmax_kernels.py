@@ -35,9 +35,9 @@ def growth(level, higher, scale):
 
 
 @gluon.jit
-def _kept(level, log2_level, scale, DTYPE: gl.constexpr):
+def _kept(level, scale, DTYPE: gl.constexpr):
     """What rounding to DTYPE leaves of the weight of a score that is the level."""
-    weight = gl.exp2(level * scale - log2_level)
+    weight = gl.exp2(level * scale - multiply(level, scale))
     return weight.to(DTYPE).to(gl.float32) / weight
 
 
@@ -45,14 +45,13 @@ def _kept(level, log2_level, scale, DTYPE: gl.constexpr):
 def rounding_gain(largest, level, scale, DTYPE: gl.constexpr):
     """What rounding adds to the weight of the largest score, which may be above the level: beside what it leaves of all
     of the level, which `normaliser` knows."""
-    log2_level = multiply(level, scale)
-    weight = gl.exp2(largest * scale - log2_level)
-    return weight.to(DTYPE).to(gl.float32) - weight * _kept(level, log2_level, scale, DTYPE)
+    weight = gl.exp2(largest * scale - multiply(level, scale))
+    return weight.to(DTYPE).to(gl.float32) - weight * _kept(level, scale, DTYPE)
 
 
 @gluon.jit
-def normaliser(level, log2_level, row_sum, scale, DTYPE: gl.constexpr, gain=0.0):
-    """What a row's sum of values is multiplied by, 1 for a row that saw no key. log2_level: the level (or maximum),
-    unscaled, multiplied by scale and rounded; DTYPE: what weights are rounded to; gain: `rounding_gain`."""
-    kept = _kept(level, log2_level, scale, DTYPE)
+def normaliser(level, row_sum, gain, scale, DTYPE: gl.constexpr):
+    """What a row's sum of values is multiplied by, 1 for a row that saw no key. gain: `rounding_gain`; DTYPE: what
+    weights are rounded to."""
+    kept = _kept(level, scale, DTYPE)
     return gl.where(row_sum == 0.0, gl.full_like(row_sum, 1.0), 1.0 / (row_sum * kept + gain))

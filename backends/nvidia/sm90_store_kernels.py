@@ -134,7 +134,7 @@ def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
 @gluon.jit
 def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
     """The same where a partial one is float16, in units of each row's peak, which loses 2**-12 of what bfloat16 does.
-    Both go one way, for the kernel to fit the instruction cache."""
+    Both go one way, for less code to fetch."""
     whole = slot < 0
     peak = gl.maximum(peak * norm, gl.full_like(peak, LEAST_PEAK))
     left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
@@ -167,7 +167,7 @@ def store_item(
     query_end = query_start + gl.load(item_ptr + 6)
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
     log2_level = multiply(level, scale)
-    norm = gl.convert_layout(normaliser(level, log2_level, row_sum, scale, DTYPE, gain), ACC_ROW)
+    norm = gl.convert_layout(normaliser(level, row_sum, gain, scale, DTYPE), ACC_ROW)
     if results.partial_out_ptr.dtype.element_ty == gl.float32:
         _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST, HEADS)
     else:

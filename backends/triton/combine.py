@@ -16,7 +16,7 @@ from portable_mla.metadata.split_plan import PlanShape
 from portable_mla.shape import Request
 
 MANY_PIECES = 10  # a unit, on average
-FEW_ROWS = 32
+FEW_ROWS = 32  # of a step: programs of more columns would be too few
 GROUPED_COLUMNS = 15_888  # an SM or CU: beyond 4096 rows of 512 columns on 132, programs of one row are too many
 
 

@@ -99,11 +99,6 @@ def wide_cache(library: str, cache: Tensor) -> Tensor:
     return cache
 
 
-def last_offset(tensor: Tensor) -> int:
-    """Elements from a tensor's first to its last."""
-    return sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 def wide_rows(q: Tensor) -> Tensor:
     """The queries, copied if wide copies could not read them."""
     return q if wide(q) else q.contiguous()

@@ -38,11 +38,13 @@ def find_operator(
     constant: Mapping[str, Any],
     neutral: Mapping[str, Any] | None = None,
 ) -> Operator | None:
-    """The operator of a path "namespace.name", if it is there and its schema is understood: it takes what is given and
+    """The operator of a path "namespace.name", if there is one and its schema is understood: it takes what is given and
     the constants, and of the rest each has a neutral value here or a default of its own.
 
     neutral: arguments that need not be there, with the values that ask for nothing.
     """
+    if not path:
+        return None
     namespace, name = path.split(".")
     function = getattr(getattr(getattr(torch.ops, namespace), name, None), "default", None)
     if function is None:
