@@ -129,7 +129,7 @@ def compile_gluon(request: Request) -> Any:
     in_boxes = shape.page_size >= BLOCK
     types["box_desc"] = f"tensordesc<{dtype}{box},{BOX_LAYOUT.value!r}>" if in_boxes else types["kv_desc"]
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
-    types |= dict.fromkeys(("part_indptr_ptr", "items_ptr"), "*i32!")
+    types |= dict.fromkeys(("part_heads_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
     types["partial_out_ptr"] = "*fp16!" if runner.partials.dtype == torch.float16 else "*fp32!"
     types |= dict.fromkeys(("stride_slot", "stride_out_token", "stride_out_head"), "i32!")

@@ -17,9 +17,10 @@ from portable_mla.shape import Request
 from portable_mla.write_launch import write_constants
 
 
-def compile_plan(request: Request, tile: Tile) -> Resources:
-    """The kernel that plans the splits, for a ragged batch without positions of its own."""
+def compile_plan(request: Request, tile: Tile, *, heads: bool = False) -> Resources:
+    """The kernel that plans the splits, for a ragged batch without positions of its own. heads: of parts too."""
     constants = plan_constants(plan_shape(request, tile), request.shape.page_size) | {"positions_ptr": None}
+    constants |= {} if heads else {"part_heads_ptr": None}
     return compile_kernel(plan_splits_kernel, request.arch, index_types(plan_splits_kernel), constants)
 
 

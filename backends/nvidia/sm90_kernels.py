@@ -25,7 +25,7 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   free SMs: (1, 16, 81920) 52.5, without dependent launch 48.1, like this 47.5.
 - 16-byte stores after an exchange between lanes (sm90_store_kernels.py) and a start that waits for one load less before
   the warps part: predicted 1.2 and 0.6 at (1, 128, 1024), whose decode took 13.5 before and 13.7 after. Kept, unproved.
-- Dependent launch of the decode itself, and a guess at the part's first item prefetched: predicted 1.6 together;
+- Dependent launch of the decode itself, and the part's first item prefetched: predicted 1.6 together;
   (128, 16, 4096) 219.5 -> 218.5, (32, 64, 4096) 79.2 -> 78.1. Kept.
 - Float16 partial results from 17 rows on (sm90_tile.py): a program's stores of 64 rows took 5300 cycles, as fast as L2
   takes 17 MB from all. Predicted 2.5 at (32, 64, 4096): 76.2 -> 71.3.
@@ -49,6 +49,17 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   still rescale, (128, 128, 4096) with two query tokens 446 -> 454. With levels that stay until weights reach 2**8
   (sm90_softmax_kernels.py): 453 -> 436, with boxes of four tiles 426; (128, 128, 4096) 252 -> 244, Azure, 128 requests
   of 128 heads 109.5 -> 106.2, Mooncake, 32 requests 244 -> 232. Kept.
+- The timer of the device at (1, 128, 1024), from the first program's start: set up 0.5, first loads known 1.5 and asked
+  for 1.9, scores 3.4, their product 4.4, stores begun 4.9 and given 7.0, the last program's 7.5; combine let go 8.2,
+  done 9.8. An item of one block that comes second in a part, whose code is there, takes as long: softmax and product
+  1.0 and 1.0, stores of 64 rows 2.3 and 2.0. It is their instructions, not the fetching of them.
+- A part's bounds, its first item and that item's last two pages in one line that is read at once (head_kernels.py),
+  where three reads waited for one another, and an item's slot and rows kept in registers: predicted 0.5 and 0.6.
+  (1, 128, 1024) 10.8 -> 10.4, (1, 128, 8192) 17.1 -> 16.5, (8, 16, 8192) 35.2 -> 34.5. With 16 pages, and addresses
+  chosen by the bounds, which waited again: (1, 16, 8192) 12.7 -> 13.3. Kept.
+- A part's last partial result by way of Q's room and TMA, 225 instructions instead of 450: predicted 1.2 at
+  (1, 128, 1024), 10.4 -> 10.6, (1, 16, 8192) 12.4 -> 13.1. The first keys asked for ahead of Q: 10.4 -> 10.6, 12.4 ->
+  12.3. Descriptors prefetched while the kernel before ends: 10.9 -> 10.9. Dropped.
 - A rehearsal of the stores while the first loads are under way, so that their code is in the instruction cache at the
   end: predicted 1 at (1, 128, 1024), 11.0 -> 13.2, for it takes longer than the loads. Dropped.
 
@@ -75,7 +86,7 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
 )
 from portable_mla.backends.nvidia.sm90_warpgroup_kernels import left_warpgroup, right_warpgroup
 from portable_mla.backends.triton.decode_kernels import LOG2_E
-from portable_mla.metadata.split_kernels import ITEM_FIELDS
+from portable_mla.metadata.head_kernels import HEAD_FIELDS
 
 
 @gluon.jit(do_not_specialize=["tokens", "page_rows", "max_rows", "stride_lse_token", "stride_lse_head"])
@@ -85,7 +96,7 @@ def sm90_decode_kernel(
     box_desc,  # descriptor of the cache as [(LATENT + ROPE) / 64, rows, 64], block [tiles of a box, 64, 64], or kv_desc
     kv_ptr,  # what kv_desc describes
     table_header_ptr,  # [3] int64: address of the page table, its row stride, tiles of a part
-    part_indptr_ptr,  # [parts + 1] int32
+    part_heads_ptr,  # [parts, 16] int32: first item, end, its last page, the page before, 4 unused, a copy of the item
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
     lse_ptr,  # [tokens, HEADS] float32, natural log
@@ -116,7 +127,7 @@ def sm90_decode_kernel(
     """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
     pid = gl.program_id(0)
     part = pid // ROW_TILES
-    work = Work(items_ptr, part_indptr_ptr + part, (pid % ROW_TILES) * BLOCK)
+    work = Work(items_ptr, part_heads_ptr + part * HEAD_FIELDS, (pid % ROW_TILES) * BLOCK)
     cache = Cache(kv_desc, box_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
     room = new_room(q_desc.dtype, BOXES)
     results = Results(
@@ -126,9 +137,8 @@ def sm90_decode_kernel(
     publish_barriers()
     if DEPENDENT:
         wait_for_previous_kernel()
-    prefetch_line(part_indptr_ptr + part)
+    prefetch_line(work.head_ptr)
     prefetch_line(table_header_ptr)
-    prefetch_line(items_ptr + part * ITEM_FIELDS)
     scale = softmax_scale * LOG2_E
     # constants stay constants only in tuples that are not named
     gl.warp_specialize(

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, read_item
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, first_item, read_item
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -24,6 +24,7 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     reinterpret,
     tma_load,
 )
+from portable_mla.metadata.head_kernels import HEAD_PAGES
 
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
 BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
@@ -61,6 +62,19 @@ def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr
             _cache_row(table_row_ptr, position + 32, last, page_rows, PAGE_SIZE),
             _cache_row(table_row_ptr, position + 48, last, page_rows, PAGE_SIZE),
         )
+
+
+@gluon.jit
+def _rows_at(step, known, table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
+    """`block_rows`; of a part's first step, the pages are known. known: the first step without, the last page, and the
+    page before."""
+    if PAGE_SIZE >= BLOCK:
+        cell = gl.minimum(position, last) // PAGE_SIZE
+        page = gl.where(cell == last // PAGE_SIZE, known[1], known[2])
+        page = gl.load(table_row_ptr + cell, mask=step >= known[0], other=page)
+        return (page * page_rows + position % PAGE_SIZE,)
+    else:
+        return block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE)
 
 
 @gluon.jit
@@ -161,13 +175,17 @@ def load_left(
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
     once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
-    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
-        item = read_item(work, index, HEADS)
+    start, stop, item = first_item(work, HEADS)
+    last_page, page_before = gl.load(work.head_ptr + HEAD_PAGES), gl.load(work.head_ptr + HEAD_PAGES + 1)
+    for index in range(start, stop):
+        if index > start:
+            item = read_item(work, index, HEADS)
+        known = gl.where(index > start, 0, 1), last_page, page_before
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
         last = item.kv_end - 1
         for step in range(item.pairs + item.lone):
             position = even_position(item, step)
-            even = block_rows(row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+            even = _rows_at(step, known, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
             if step == 0:
                 if used & EVEN_USED:
                     meet(FREE_QUERY, QUERY_THREADS)
@@ -178,7 +196,7 @@ def load_left(
             if used & EVEN_USED:
                 meet(FREE_LEFT_0, RELEASE_THREADS)
             _load_half(cache, even, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
-            odd = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
+            odd = _rows_at(step, known, row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
             if (used == EVEN_USED + ODD_USED) & ((step == 0) | loads_odd(item, step)):
                 meet(FREE_LEFT_1, RELEASE_THREADS)
                 used = EVEN_USED
@@ -210,13 +228,17 @@ def load_right(
     table_ptr, stride_table = _open_table(cache.table_header_ptr)
     once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
-    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
-        item = read_item(work, index, HEADS)
+    start, stop, item = first_item(work, HEADS)
+    last_page, page_before = gl.load(work.head_ptr + HEAD_PAGES), gl.load(work.head_ptr + HEAD_PAGES + 1)
+    for index in range(start, stop):
+        if index > start:
+            item = read_item(work, index, HEADS)
+        known = gl.where(index > start, 0, 1), last_page, page_before
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
         last = item.kv_end - 1
         for step in range(item.pairs + item.lone):
             position = even_position(item, step)
-            even = block_rows(row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+            even = _rows_at(step, known, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
             if step == 0:
                 if used & EVEN_USED:
                     meet(FREE_QUERY, QUERY_THREADS)
@@ -227,7 +249,7 @@ def load_right(
             _load_half(cache, even, HALF, room.even.right_full, room.even.right, once, PAGE_SIZE)
             if ROPE:
                 _load_tile(cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), once, PAGE_SIZE)
-            odd = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
+            odd = _rows_at(step, known, row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
             if loads_odd(item, step):
                 if used & ODD_USED:
                     meet(FREE_RIGHT_1, RELEASE_THREADS)

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from portable_mla.backends.nvidia.sm90_compat import aggregate
 from portable_mla.backends.nvidia.sm90_sync_kernels import new_barrier, new_barriers
+from portable_mla.metadata.head_kernels import HEAD_ITEM
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 
 BLOCK = gl.constexpr(64)  # keys of a block, and rows of a program
@@ -101,16 +102,16 @@ class Cache:
 
 @aggregate
 class Work:
-    """The items of this program's part, from the first of two numbers at part_ptr on, and its 64-row tile of them."""
+    """The items of this program's part, with the part's head, and its 64-row tile of them."""
 
     items_ptr: gl.tensor
-    part_ptr: gl.tensor
+    head_ptr: gl.tensor
     first_row: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, items_ptr, part_ptr, first_row):
+    def __init__(self, items_ptr, head_ptr, first_row):
         self.items_ptr = items_ptr
-        self.part_ptr = part_ptr
+        self.head_ptr = head_ptr
         self.first_row = first_row
 
 
@@ -128,9 +129,10 @@ class Item:
     query_start: gl.tensor
     query_len: gl.tensor
     all_see: gl.tensor
+    slot: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, request, first_block, pairs, lone, kv_end, kv_len, query_start, query_len, all_see):
+    def __init__(self, request, first_block, pairs, lone, kv_end, kv_len, query_start, query_len, all_see, slot):
         self.request = request
         self.first_block = first_block
         self.pairs = pairs
@@ -140,6 +142,7 @@ class Item:
         self.query_start = query_start
         self.query_len = query_len
         self.all_see = all_see
+        self.slot = slot
 
 
 @aggregate
@@ -209,9 +212,20 @@ def new_room(DTYPE: gl.constexpr, BOXES: gl.constexpr):
 
 
 @gluon.jit
+def first_item(work, HEADS: gl.constexpr):
+    """Numbers of the part's first item and behind its last, and the first: reads that do not wait for one another."""
+    return gl.load(work.head_ptr), gl.load(work.head_ptr + 1), _read_item(work, work.head_ptr + HEAD_ITEM, HEADS)
+
+
+@gluon.jit
 def read_item(work, index, HEADS: gl.constexpr):
+    """One of a part's other items."""
+    return _read_item(work, work.items_ptr + index * ITEM_FIELDS, HEADS)
+
+
+@gluon.jit
+def _read_item(work, item_ptr, HEADS: gl.constexpr):
     """The item as this row tile sees it: without work where the unit has no such rows, or is faulty."""
-    item_ptr = work.items_ptr + index * ITEM_FIELDS
     first_block = gl.load(item_ptr + 1)  # a tile of the plan is a block
     last_block = gl.load(item_ptr + 2)
     kv_len = gl.load(item_ptr + 4)
@@ -222,5 +236,5 @@ def read_item(work, index, HEADS: gl.constexpr):
     all_see = gl.minimum(kv_end, kv_len - query_len + 1)
     return Item(
         gl.load(item_ptr), first_block, blocks // 2, blocks % 2, kv_end, kv_len, gl.load(item_ptr + 5), query_len,
-        all_see,
+        all_see, gl.load(item_ptr + 3),
     )  # fmt: skip

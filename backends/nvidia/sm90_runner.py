@@ -37,7 +37,7 @@ def sm90_plan_shape(request: Request) -> PlanShape:
     """The split plan of the Gluon kernel."""
     shape = plan_shape(request, _ROWS_AND_KEYS)
     tile = sm90_tile(request.shape.heads * shape.block_q)
-    return replace(shape, min_tiles=tile.min_tiles, overhead=tile.overhead, merge_cost=tile.merge_cost)
+    return replace(shape, heads=True, min_tiles=tile.min_tiles, overhead=tile.overhead, merge_cost=tile.merge_cost)
 
 
 class Sm90Runner:
@@ -101,7 +101,7 @@ class Sm90Runner:
         q_desc.base, kv_desc.base = self._dense(inputs.q) if layout.copied_q else inputs.q, cache
         box_desc.base = cache
         layout.decode(
-            q_desc, kv_desc, box_desc, cache, plan.table_header, plan.part_indptr, plan.items, out, lse, *partials,
+            q_desc, kv_desc, box_desc, cache, plan.table_header, plan.part_heads, plan.items, out, lse, *partials,
             self._metadata.status.words, softmax_scale, *layout.sizes, self._rows, *layout.results,
         )  # fmt: skip
         layout.combine(plan.token_slots, *partials, out, lse, self._shape.heads, self._rows, *layout.results)

@@ -9,7 +9,6 @@ from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser
 from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque, pack_pairs
 from portable_mla.backends.triton.combine_kernels import NARROW_STATS, WIDE_STATS
 from portable_mla.backends.triton.decode_kernels import LN_2
-from portable_mla.metadata.split_kernels import ITEM_FIELDS
 from portable_mla.metadata.status_kernels import QUERY_TOKENS
 
 # Pairs of 16-bit values after an exchange between neighbouring lanes: with stores of 8 bytes four lanes fill a sector,
@@ -26,12 +25,6 @@ PAIRS_OF_2 = gl.constexpr(
     )
 )
 LEAST_PEAK = gl.constexpr(2.0**-120)  # its reciprocal is finite
-
-
-@gluon.jit
-def read_slot(work, index):
-    """Where the item's partial result goes, or -1."""
-    return gl.load(work.items_ptr + opaque(index) * ITEM_FIELDS + 3)
 
 
 @gluon.jit
@@ -154,26 +147,24 @@ def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST
 
 @gluon.jit
 def store_item(
-    acc, level, row_sum, gain, scale, peak, slot, work, index, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
+    acc, level, row_sum, gain, scale, peak, work, item, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
     HEADS: gl.constexpr,
 ):  # fmt: skip
     """Normalises and writes columns FIRST..FIRST + 255; the left warpgroup also writes what the rows summed to.
 
     Rows that q does not have arrived as zeros and are not written; the left warpgroup reports their request.
-    The item's fields are read again here: kept through the loop over keys they would cost registers.
     """
-    item_ptr = work.items_ptr + opaque(index) * ITEM_FIELDS
-    query_start = gl.load(item_ptr + 5)
-    query_end = query_start + gl.load(item_ptr + 6)
+    query_start = item.query_start
+    query_end = query_start + item.query_len
     rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
     log2_level = multiply(level, scale)
     norm = gl.convert_layout(normaliser(level, row_sum, gain, scale, DTYPE), ACC_ROW)
     if results.partial_out_ptr.dtype.element_ty == gl.float32:
-        _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST, HEADS)
+        _store_wide(acc, norm, rows, query_start, item.slot, work, results, FIRST, HEADS)
     else:
-        _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST, HEADS)
+        _store_narrow(acc, norm, peak, rows, query_start, item.slot, work, results, FIRST, HEADS)
     if FIRST == 0:
         row = work.first_row + gl.arange(0, BLOCK, SCORES_ROW)
-        _store_stats(log2_level, row_sum, row, row < rows, slot, query_start, results, HEADS)
+        _store_stats(log2_level, row_sum, row, row < rows, item.slot, query_start, results, HEADS)
         if query_end > results.tokens:
-            _report_missing(results, gl.load(item_ptr), query_end)
+            _report_missing(results, item.request, query_end)

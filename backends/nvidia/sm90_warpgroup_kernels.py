@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from portable_mla.backends.nvidia.sm90_room_kernels import (
     BLOCK,
     HALF,
+    first_item,
     read_item,
 )
 from portable_mla.backends.nvidia.sm90_score_kernels import (
@@ -22,7 +23,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     zero_tail,
 )
 from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, raise_level, rounding_gain, weigh
-from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, read_slot, store_item, tell_peak
+from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, store_item, tell_peak
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -117,8 +118,10 @@ def left_warpgroup(
     """
     phase = 0
     query_phase = 0
-    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
-        item = read_item(work, index, HEADS)
+    start, stop, item = first_item(work, HEADS)
+    for index in range(start, stop):
+        if index > start:
+            item = read_item(work, index, HEADS)
         level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
@@ -164,19 +167,16 @@ def left_warpgroup(
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 arrive(FREE_LEFT_1, RELEASE_THREADS)
             query_phase ^= 1
-            slot = read_slot(work, index)
             room.sum0.store(row_sum)
             gain = rounding_gain(largest, level, scale, room.weights0.dtype)
             room.gain0.store(gain)
-            peak = tell_peak(acc, slot, room.peak0, results)
+            peak = tell_peak(acc, item.slot, room.peak0, results)
             arrive(WEIGHTS_0, PAIR_THREADS)
             meet(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum1.load(SCORES_ROW)
             gain += room.gain1.load(SCORES_ROW)
-            peak = hear_peak(peak, slot, room.peak1, results)
-            store_item(
-                acc, level, row_sum, gain, scale, peak, slot, work, index, results, room.weights0.dtype, 0, HEADS
-            )
+            peak = hear_peak(peak, item.slot, room.peak1, results)
+            store_item(acc, level, row_sum, gain, scale, peak, work, item, results, room.weights0.dtype, 0, HEADS)
 
 
 @gluon.jit
@@ -247,8 +247,10 @@ def right_warpgroup(
     phase = 0
     even_phase = 0
     query_phase = 0
-    for index in range(gl.load(work.part_ptr), gl.load(work.part_ptr + 1)):
-        item = read_item(work, index, HEADS)
+    start, stop, item = first_item(work, HEADS)
+    for index in range(start, stop):
+        if index > start:
+            item = read_item(work, index, HEADS)
         level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
@@ -278,16 +280,13 @@ def right_warpgroup(
                     phase ^= 1
                     even_phase ^= 1
             query_phase ^= 1
-            slot = read_slot(work, index)
             room.sum1.store(row_sum)
             gain = rounding_gain(largest, level, scale, room.weights0.dtype)
             room.gain1.store(gain)
-            peak = tell_peak(acc, slot, room.peak1, results)
+            peak = tell_peak(acc, item.slot, room.peak1, results)
             meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
             arrive(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum0.load(SCORES_ROW)
             gain += room.gain0.load(SCORES_ROW)
-            peak = hear_peak(peak, slot, room.peak0, results)
-            store_item(
-                acc, level, row_sum, gain, scale, peak, slot, work, index, results, room.weights0.dtype, HALF, HEADS
-            )
+            peak = hear_peak(peak, item.slot, room.peak0, results)
+            store_item(acc, level, row_sum, gain, scale, peak, work, item, results, room.weights0.dtype, HALF, HEADS)

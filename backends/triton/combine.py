@@ -93,6 +93,6 @@ class Combine:
         options = {"launch_pdl": True} if self._dependent else {}
         return {
             "LATENT": self._request.shape.latent_dim, "BLOCK_D": tile.block_d, "BLOCK_R": tile.block_r,
-            "BLOCK_S": tile.block_s, "FEW": tile.few, "DEPENDENT": self._dependent, "num_warps": tile.num_warps,
-            **options,
+            "BLOCK_S": tile.block_s, "FEW": tile.few, "REHEARSED": tile.rehearsed and self._dependent,
+            "DEPENDENT": self._dependent, "num_warps": tile.num_warps, **options,
         }  # fmt: skip

@@ -49,6 +49,39 @@ def _merge(
     return largest, total, acc
 
 
+@triton.jit
+def _finish_rows(
+    partial_out_ptr, partial_stats_ptr, out_ptr, lse_ptr, token, slot_lo, slot_hi, index, live, heads, max_rows,
+    stride_out_token, stride_out_head, stride_lse_token, stride_lse_head,
+    LATENT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """Merges and writes this program's heads and columns of a token; reads and writes nothing unless live."""
+    head = (tl.program_id(1) // (LATENT // BLOCK_D)) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_column = (tl.program_id(1) % (LATENT // BLOCK_D)) * BLOCK_D
+    row_valid = (head < heads) & live
+    row = index * heads + head
+    column = first_column + tl.arange(0, BLOCK_D)
+    if FEW == BLOCK_S or slot_hi - slot_lo <= FEW:
+        largest, total, acc = _merge(
+            partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, FEW
+        )
+    else:
+        largest, total, acc = _merge(
+            partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, BLOCK_S
+        )
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = tl.where(slot_hi == FAULTY, float("nan"), acc)
+    out_row = token.to(tl.int64) * stride_out_token + head.to(tl.int64) * stride_out_head
+    result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_row[:, None] + column[None, :], result, mask=row_valid[:, None])
+    if first_column == 0:
+        lse_row = token.to(tl.int64) * stride_lse_token + head.to(tl.int64) * stride_lse_head
+        lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
+        lse = tl.where(slot_hi == FAULTY, float("nan"), lse)
+        tl.store(lse_ptr + lse_row, lse, mask=row_valid)
+
+
 @triton.jit(do_not_specialize=["heads", "max_rows"])
 def combine_kernel(
     token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi or -1 (already final) or -2 (faulty), index in the unit, _
@@ -67,38 +100,25 @@ def combine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     FEW: tl.constexpr,
+    REHEARSED: tl.constexpr,  # goes through the code once while it waits, so that it need not be fetched after
     DEPENDENT: tl.constexpr,  # launched before the decode kernel ends; the plan is older than both
 ):
     """One program merges BLOCK_D columns of BLOCK_R heads of a token, BLOCK_S splits at a time or up to FEW at once."""
     token = tl.program_id(0)
-    first_head = (tl.program_id(1) // (LATENT // BLOCK_D)) * BLOCK_R
-    first_column = (tl.program_id(1) % (LATENT // BLOCK_D)) * BLOCK_D
     slot_lo = tl.load(token_slots_ptr + token * TOKEN_FIELDS)
     slot_hi = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 1)
+    index = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 2)
     if DEPENDENT:  # noqa: SIM102 a constant, then a value
-        if (slot_hi != FINAL) | (token + tl.program_id(1) == 0):  # one must: this grid may not end before the other
+        if (slot_hi == FINAL) & (token + tl.program_id(1) == 0):  # one must: this grid may not end before the other
             _wait_for_previous_kernel()
     if slot_hi != FINAL:
-        head = first_head + tl.arange(0, BLOCK_R)
-        row_valid = head < heads
-        row = tl.load(token_slots_ptr + token * TOKEN_FIELDS + 2) * heads + head
-        column = first_column + tl.arange(0, BLOCK_D)
-        if FEW == BLOCK_S or slot_hi - slot_lo <= FEW:
-            largest, total, acc = _merge(
-                partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, FEW
-            )
-        else:
-            largest, total, acc = _merge(
-                partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, BLOCK_S
-            )
-        empty = total == 0.0
-        total = tl.where(empty, 1.0, total)
-        acc = tl.where(slot_hi == FAULTY, float("nan"), acc)
-        out_row = token.to(tl.int64) * stride_out_token + head.to(tl.int64) * stride_out_head
-        result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_row[:, None] + column[None, :], result, mask=row_valid[:, None])
-        if first_column == 0:
-            lse_row = token.to(tl.int64) * stride_lse_token + head.to(tl.int64) * stride_lse_head
-            lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
-            lse = tl.where(slot_hi == FAULTY, float("nan"), lse)
-            tl.store(lse_ptr + lse_row, lse, mask=row_valid)
+        first_turn = tl.minimum(heads, 0) if REHEARSED else 1  # 0, which the compiler does not know
+        for turn in range(first_turn, 2):
+            if DEPENDENT:  # noqa: SIM102
+                if turn == 1:
+                    _wait_for_previous_kernel()
+            _finish_rows(
+                partial_out_ptr, partial_stats_ptr, out_ptr, lse_ptr, token, slot_lo, slot_hi, index, turn == 1, heads,
+                max_rows, stride_out_token, stride_out_head, stride_lse_token, stride_lse_head, LATENT, BLOCK_D,
+                BLOCK_R, BLOCK_S, FEW,
+            )  # fmt: skip

@@ -11,6 +11,8 @@ from portable_mla.metadata.cut_kernels import (
     share_of_a_part,
     unit_cost,
 )
+from portable_mla.metadata.head_kernels import HEAD_FIELDS, open_part, write_head
+from portable_mla.metadata.page_kernels import check_pages, load_cells
 from portable_mla.metadata.status_kernels import KV_LEN, PAGE_ID, QUERY_LEN, QUERY_TOKENS, report_fault
 
 ITEM_FIELDS = tl.constexpr(8)  # of an item: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
@@ -27,37 +29,11 @@ def _maximum(a, b):
 
 
 @triton.jit
-def _load_cells(row_ptr, columns, base, BLOCK_C: tl.constexpr):
-    """BLOCK_C cells of each unit's row of the page table; 0 past its last page, where cells are not read."""
-    column = base + tl.arange(0, BLOCK_C)[None, :]
-    return tl.load(row_ptr[:, None] + column, mask=column < columns[:, None], other=0)
-
-
-@triton.jit
-def _wrong_cells(cells, columns, base, max_pages, BLOCK_C: tl.constexpr):
-    """1 where a cell that is needed names a page that is not in the cache, and the page; else 0 and the least int."""
-    column = base + tl.arange(0, BLOCK_C)[None, :]
-    wrong = (column < columns[:, None]) & ((cells < 0) | (cells >= max_pages))
-    return wrong.to(tl.int32), tl.where(wrong, cells, -(2**31))
-
-
-@triton.jit
-def _check_pages(row_ptr, columns, cells, max_pages, BLOCK_C: tl.constexpr):
-    """Whether a page that the unit needs is not in the cache, and such a page. cells: the first ones, loaded early."""
-    faulty, strange = _wrong_cells(cells, columns, 0, max_pages, BLOCK_C)
-    for base in range(BLOCK_C, tl.max(columns, 0), BLOCK_C):
-        cells = _load_cells(row_ptr, columns, base, BLOCK_C)
-        faulty_here, strange_here = _wrong_cells(cells, columns, base, max_pages, BLOCK_C)
-        faulty = tl.maximum(faulty, faulty_here)
-        strange = tl.maximum(strange, strange_here)
-    return tl.max(faulty, 1) != 0, tl.max(strange, 1)
-
-
-@triton.jit
 def _write_items(
-    items_ptr, part_indptr_ptr, request, start, tiles, first, pieces, item_start, slot_start, previous_last, cuts,
-    faulty, seen, query_start, tokens,
-    BLOCK_P: tl.constexpr, FIXED_TILES: tl.constexpr, MAX_PIECES: tl.constexpr,
+    items_ptr, part_indptr_ptr, part_heads_ptr, row_ptr, columns, request, start, tiles, first, pieces, item_start,
+    slot_start, previous_last, cuts, faulty, seen, query_start, tokens,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, FIXED_TILES: tl.constexpr,
+    MAX_PIECES: tl.constexpr,
 ):  # fmt: skip
     """Items of each unit, and where each part begins: the first item of a part also opens the empty parts before it."""
     share, overhead, parts = cuts
@@ -89,12 +65,19 @@ def _write_items(
         tl.store(item_ptr + 5, query_start[:, None], mask=mask)
         tl.store(item_ptr + 6, tokens[:, None], mask=mask)
         tl.store(item_ptr + 7, 0, mask=mask)
+        if part_heads_ptr is not None:
+            tile_hi = tl.where(faulty[:, None], tile_lo, tile_hi)
+            item = (request[:, None], tile_lo, tile_hi, slot, seen[:, None], query_start[:, None], tokens[:, None])
+            head_ptr = part_heads_ptr + part * HEAD_FIELDS
+            write_head(head_ptr, item, row_ptr, columns[:, None], mask & (part > before), PAGE_SIZE, BLOCK_N)
         if FIXED_TILES > 0:
             opened = tl.where(mask, part - before, 0)
             for empty in range(tl.max(tl.max(opened, 1), 0)):
                 tl.store(part_indptr_ptr + before + 1 + empty, index, mask=empty < opened)
+                open_part(part_heads_ptr, before + 1 + empty, index, empty < opened, parts)
         else:  # a share is longer than what starting a unit costs, so that no part between two units is empty
             tl.store(part_indptr_ptr + part, index, mask=mask & (part > before))
+            open_part(part_heads_ptr, part, index, mask & (part > before), parts)
 
 
 @triton.jit
@@ -121,7 +104,9 @@ def _write_tokens(
 
 
 @triton.jit
-def _write_tails(token_slots_ptr, part_indptr_ptr, padding, max_tokens, first_part, parts, items, SCAN: tl.constexpr):
+def _write_tails(
+    token_slots_ptr, part_indptr_ptr, part_heads_ptr, padding, max_tokens, first_part, parts, items, SCAN: tl.constexpr
+):
     """Padding tokens have no slots and position 0; the parts behind the last used one are empty."""
     for base in range(padding, max_tokens, SCAN):
         token = base + tl.arange(0, SCAN)
@@ -131,6 +116,7 @@ def _write_tails(token_slots_ptr, part_indptr_ptr, padding, max_tokens, first_pa
     for base in range(first_part, parts + 1, SCAN):
         part = base + tl.arange(0, SCAN)
         tl.store(part_indptr_ptr + part, items, mask=part <= parts)
+        open_part(part_heads_ptr, part, items, part <= parts, parts)
 
 
 @triton.jit
@@ -169,6 +155,7 @@ def plan_splits_kernel(
     table_ptr,  # [batch, width] int32
     table_header_ptr,  # [3] int64: address and row stride of the table, tiles of a part
     part_indptr_ptr,  # [parts + 1] int32
+    part_heads_ptr,  # [parts, 16] int32, or None
     items_ptr,  # [max_items, 8] int32
     token_slots_ptr,  # [max_tokens, 4] int32
     summary_ptr,  # [4] int32: longest query_len, query tokens, items, slots
@@ -209,7 +196,7 @@ def plan_splits_kernel(
     tiles, seen, tokens, right = load_units(lens, unit, BLOCK_Q, QUERY_BLOCKS, BLOCK_N)
     row_ptr = table_ptr + request.to(tl.int64) * stride_table
     columns = tl.where(tiles > 0, (seen + PAGE_SIZE - 1) // PAGE_SIZE, 0)
-    cells = _load_cells(row_ptr, columns, 0, BLOCK_C)
+    cells = load_cells(row_ptr, columns, 0, BLOCK_C)
 
     share, overhead = share_of_a_part(
         lens, parts, min_tiles, OVERHEAD, MERGE_COST, BLOCK_Q, QUERY_BLOCKS, BLOCK_N, FIXED_TILES, MAX_PIECES, SCAN
@@ -232,11 +219,12 @@ def plan_splits_kernel(
     before_last = tl.associative_scan(tl.where(before > 0, before_last, -1), 0, _maximum)
     previous_last = tl.maximum(before_last, last_part)
 
-    bad_page, strange = _check_pages(row_ptr, columns, cells, max_pages, BLOCK_C)
+    bad_page, strange = check_pages(row_ptr, columns, cells, max_pages, BLOCK_C)
     faulty = bad_page | (right == 0)
     _write_items(
-        items_ptr, part_indptr_ptr, request, start, tiles, first, pieces, item_start, slot_start, previous_last, cuts,
-        faulty, seen, query_start, tokens, BLOCK_P, FIXED_TILES, MAX_PIECES,
+        items_ptr, part_indptr_ptr, part_heads_ptr, row_ptr, columns, request, start, tiles, first, pieces, item_start,
+        slot_start, previous_last, cuts, faulty, seen, query_start, tokens, PAGE_SIZE, BLOCK_N, BLOCK_P, FIXED_TILES,
+        MAX_PIECES,
     )  # fmt: skip
     _write_tokens(
         token_slots_ptr,
@@ -257,7 +245,17 @@ def plan_splits_kernel(
         last_part = tl.maximum(last_part, tl.max(tl.where(tiles > 0, last, -1), 0))
         all_items = items + tl.sum(pieces, 0)
         all_tokens = tokens_before + tl.sum(tokens, 0)
-        _write_tails(token_slots_ptr, part_indptr_ptr, all_tokens, max_tokens, last_part + 1, parts, all_items, SCAN)
+        _write_tails(
+            token_slots_ptr,
+            part_indptr_ptr,
+            part_heads_ptr,
+            all_tokens,
+            max_tokens,
+            last_part + 1,
+            parts,
+            all_items,
+            SCAN,
+        )
         tl.store(summary_ptr + 1, all_tokens)
         tl.store(summary_ptr + 2, all_items)
         tl.store(summary_ptr + 3, slots + tl.sum(split, 0))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.metadata.batch import PagedBatch
+from portable_mla.metadata.head_kernels import HEAD_FIELDS
 from portable_mla.metadata.split_kernels import ITEM_FIELDS, TOKEN_FIELDS, plan_splits_kernel
 from portable_mla.metadata.status import Status
 
@@ -36,7 +37,8 @@ class PlanShape:
 
     parts: programs along the KV; block_n: tokens of a tile; min_tiles: of a part; block_q: query tokens of a unit;
     fixed: each unit is cut by its own length alone, so that its result has the same bits in any batch; overhead: what
-    starting a unit costs, in tiles; merge_cost: what merging a piece of a unit costs, in 256ths of a tile.
+    starting a unit costs, in tiles; merge_cost: what merging a piece of a unit costs, in 256ths of a tile; heads:
+    whether the plan has part_heads.
     """
 
     parts: int
@@ -50,6 +52,7 @@ class PlanShape:
     fixed: bool = False
     overhead: int = OVERHEAD_TILES
     merge_cost: int = 0
+    heads: bool = False
 
     @property
     def query_blocks(self) -> int:
@@ -97,7 +100,7 @@ class SplitPlan:
     A part is a run of items; an item is a run of KV tiles of one unit. `slot` is where its partial result goes, or -1
     when the item is the whole unit. `token_slots` tells the combine which slots to merge for each query token.
     `table_header` says where the step's page table is, so that a captured graph follows any table, and how long parts
-    are.
+    are. `part_heads` is there for kernels that begin with it.
     """
 
     shape: PlanShape
@@ -106,6 +109,7 @@ class SplitPlan:
     items: Tensor  # [max_items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     token_slots: Tensor  # [max_tokens, 4] int32: slot_lo, slot_hi or -1 (final) or -2 (faulty), index in unit, position
     summary: Tensor  # [4] int32: longest query_len, query tokens, items, slots
+    part_heads: Tensor | None = None  # [parts, 16] int32: first item, end, that item's last two pages, a copy of it
 
     @classmethod
     def allocate(cls, shape: PlanShape, device: torch.device) -> SplitPlan:
@@ -121,12 +125,14 @@ class SplitPlan:
             ints(shape.max_items, ITEM_FIELDS.value),
             ints(shape.max_tokens, TOKEN_FIELDS.value),
             ints(4),
+            ints(shape.parts, HEAD_FIELDS.value) if shape.heads else None,
         )
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Every tensor of the plan."""
-        return self.table_header, self.part_indptr, self.items, self.token_slots, self.summary
+        own = self.table_header, self.part_indptr, self.items, self.token_slots, self.summary
+        return own if self.part_heads is None else (*own, self.part_heads)
 
     @property
     def positions(self) -> Tensor:
@@ -144,8 +150,8 @@ class SplitPlan:
         key = (table.device.index, dtype, alignment(kv_lens, query_lens, positions, table))
         _launch(shape, page_size)(
             key, (programs,),
-            kv_lens, query_lens, positions, table, self.table_header, self.part_indptr, self.items, self.token_slots,
-            self.summary, status.words,
+            kv_lens, query_lens, positions, table, self.table_header, self.part_indptr, self.part_heads, self.items,
+            self.token_slots, self.summary, status.words,
             requests, 0 if positions is None else positions.shape[0], shape.parts, shape.max_tokens, shape.min_tiles,
             min(table.shape[1] * page_size, shape.max_context), batch.max_query_len,
             (2**31 - 1) // max(requests, 1), max_pages, table.stride(0),

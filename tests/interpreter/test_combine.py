@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from portable_mla.backends.triton.combine import Combine, Partials
+from portable_mla.backends.triton.combine_kernels import combine_kernel
 from portable_mla.backends.triton.tile import combine_tiles
+from portable_mla.launch import KernelLaunch
 from portable_mla.metadata.split_plan import PlanShape
 from tests.cases import Case, build
 from tests.interpreter.running import SMALL, request_of
@@ -49,11 +51,13 @@ def merged(partials: tuple[Tensor, Tensor], low: int, high: int) -> tuple[Tensor
     return (weight[..., None] * values).sum(0) / total[:, None], total.log()
 
 
-def assert_merged_as_defined(arch: str, kind: str, dtype: torch.dtype) -> None:
-    """Merge with one of the combines, over partial results of this dtype."""
+def assert_merged_as_defined(arch: str, kind: str, dtype: torch.dtype, *, rehearsed: bool = False) -> None:
+    """Merge with one of the combines, over partial results of this dtype. rehearsed: but for the wait between."""
     sizes, partials, slots = random_partials(dtype)
     problem = build(Case((1,) * len(PIECES), HEADS, **SMALL))
     combine = Combine(request_of(problem, arch, units=4), parts=8, narrow=dtype == torch.float16)
+    if rehearsed:
+        combine._launches[kind] = KernelLaunch(combine_kernel, combine.constants[kind] | {"REHEARSED": True})
     out = torch.full((len(PIECES), HEADS, LATENT), 7.0)
     lse = torch.full((len(PIECES), HEADS), 7.0)
     with patch.object(combine, "_kind", lambda tokens: kind):
@@ -77,6 +81,11 @@ def assert_merged_as_defined(arch: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_are_merged_as_defined(kind: str, dtype: torch.dtype) -> None:
     assert_merged_as_defined("sm90", kind, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rehearsal_changes_nothing(kind: str) -> None:
+    assert_merged_as_defined("sm90", kind, torch.float16, rehearsed=True)
 
 
 def test_which_combine_serves_follows_pieces_and_rows() -> None:

@@ -87,6 +87,7 @@ def plan_cases(draw: st.DrawFn, parts: int, longest_batch: int, *, fixed: bool =
         fixed=fixed,
         overhead=draw(st.sampled_from([0, 1, 4])),
         merge_cost=draw(st.sampled_from([0, 15, 256])),
+        heads=draw(st.booleans()),
     )
     faulty = [bad and kv_len > 0 for kv_len, _, bad in batch]
     return PlanCase([kv_len for kv_len, _, _ in batch], query_lens, shape, max_query_len, faulty)
@@ -95,7 +96,7 @@ def plan_cases(draw: st.DrawFn, parts: int, longest_batch: int, *, fixed: bool =
 def planned(case: PlanCase, status: Status | None = None) -> SplitPlan:
     """The kernel's plan, over buffers in which nothing is right before."""
     plan = SplitPlan.allocate(case.shape, torch.device("cpu"))
-    for buffer in (plan.table_header, plan.part_indptr, plan.items, plan.token_slots, plan.summary):
+    for buffer in plan.buffers:
         buffer.fill_(UNWRITTEN)
     batch, status = case.batch(), status or Status.allocate(torch.device("cpu"))
     plan.update(batch, status, page_size=PAGE_SIZE, max_pages=PAGES)
@@ -112,6 +113,24 @@ def assert_planned_as_defined(case: PlanCase) -> None:
     assert [tuple(token) for token in plan.token_slots.tolist()] == defined.tokens
     assert tuple(plan.summary.tolist()) == defined.summary
     assert int(plan.table_header[2]) == defined.share
+    assert (plan.part_heads is not None) == case.shape.heads
+    if plan.part_heads is not None:
+        assert_heads_as_defined(case, plan.part_heads, defined)
+
+
+def assert_heads_as_defined(case: PlanCase, heads: torch.Tensor, defined: Plan) -> None:
+    """Each part's bounds, its first item, and the last two pages of that item."""
+    table = case.batch().block_table
+    for (start, stop), head in zip(itertools.pairwise(defined.part_indptr), heads, strict=True):
+        assert head[:2].tolist() == [start, stop]
+        if start == stop:
+            continue
+        assert head[8:16].tolist() == list(defined.items[start])
+        request, low, high, _, kv_len, *_ = defined.items[start]
+        pages = -(-min(kv_len, high * case.shape.block_n) // PAGE_SIZE) if low < high else 0
+        columns = (pages - 1, pages - 2)
+        assert head[2:4].tolist() == [int(table[request, column]) if column >= 0 else 0 for column in columns]
+        assert head[4:8].tolist() == [UNWRITTEN] * 4
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
@@ -130,7 +149,7 @@ def test_the_kernel_writes_the_plan_that_is_defined(parts: int, fixed: bool) -> 
 def test_the_kernel_plans_batches_of_more_than_one_program_and_scan(batch: int, fixed: bool) -> None:
     kv_lens = [(request * 37) % 900 for request in range(batch)]
     query_lens = [request % 3 for request in range(batch)]
-    shape = PlanShape(132, batch, sum(query_lens), 2, 1024, block_q=1, block_n=64, min_tiles=2, fixed=fixed)
+    shape = PlanShape(132, batch, sum(query_lens), 2, 1024, 1, block_n=64, min_tiles=2, fixed=fixed, heads=True)
     assert_planned_as_defined(PlanCase(kv_lens, query_lens, shape, 2, [False] * batch))
 
 

@@ -1,0 +1,32 @@
+"""Heads of parts: all that a program needs to begin, in a cache line; else three reads would wait for one another."""
+
+import triton
+import triton.language as tl
+
+HEAD_FIELDS = tl.constexpr(16)  # first item, end, its last page, the page before, 4 unused, and a copy of that item
+HEAD_PAGES = tl.constexpr(2)
+HEAD_ITEM = tl.constexpr(8)
+
+
+@triton.jit
+def open_part(part_heads_ptr, part, index, mask, parts):
+    """A part begins at an item, and the part before ends there; nothing where there are no heads."""
+    if part_heads_ptr is not None:
+        head_ptr = part_heads_ptr + part * HEAD_FIELDS
+        tl.store(head_ptr, index, mask=mask & (part < parts))
+        tl.store(head_ptr - HEAD_FIELDS + 1, index, mask=mask & (part > 0))
+
+
+@triton.jit
+def write_head(head_ptr, item, row_ptr, columns, mask, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Copies of a part's first item and of the table's cells of the pages it ends with; page 0 where there is none."""
+    tile_lo, tile_hi = item[1], item[2]
+    for field in tl.static_range(7):
+        tl.store(head_ptr + HEAD_ITEM + field, item[field], mask=mask)
+    tl.store(head_ptr + HEAD_ITEM + 7, 0, mask=mask)
+    end = tl.minimum((tile_hi * BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE, columns)
+    for before in tl.static_range(2):
+        column = end - 1 - before
+        wanted = mask & (tile_lo < tile_hi) & (column >= 0)
+        page = tl.load(row_ptr[:, None] + column, mask=wanted, other=0)
+        tl.store(head_ptr + HEAD_PAGES + before, page, mask=mask)
