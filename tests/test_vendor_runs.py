@@ -282,7 +282,15 @@ def test_flashinfer_refuses_rows_that_its_offsets_do_not_reach(here: Machine, mo
     assert span_bytes(problem.q) == 2 * q_end < 2 * cache_end == span_bytes(problem.kv_cache)
     bound = Bound(arch, backend, problem)
     monkeypatch.setattr(flashinfer_runner, "MOST_OFFSET", cache_end)
+    looked: list[int] = []
+
+    def noted(tensor: torch.Tensor) -> int:
+        looked.append(span_bytes(tensor))
+        return looked[-1]
+
+    monkeypatch.setattr(flashinfer_runner, "span_bytes", noted)
     acceptance.check(problem, *bound.step(problem))
+    assert len(looked) == 3, "a call that is like one before is not looked at again"
     monkeypatch.setattr(flashinfer_runner, "MOST_OFFSET", q_end)
     with pytest.raises(NoBackend, match=f"needs all of kv_cache within {q_end} elements of its first"):
         bound.step(problem)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.vendor.calls import call, call_with, result, wide_cache, wide_rows
+from portable_mla.backends.vendor.calls import call, call_with, result, wide, wide_cache
 from portable_mla.backends.vendor.library import Loaded
 from portable_mla.backends.vendor.step import Step
 from portable_mla.errors import BackendError, NoBackend
@@ -83,13 +83,10 @@ class WrapperRunner:
         """The library's launches, and one of ours where they leave rows unwritten."""
         assert self._metadata is not None and self._lse is not None, "run before plan"
         assert kv_scale is None, "refused by dispatch"
-        cache, q = wide_cache(NAME, inputs.kv_cache), wide_rows(inputs.q)
-        for name, tensor in (("kv_cache", cache), ("q", q), ("out", out)):
-            if span_bytes(tensor) > MOST_OFFSET * tensor.element_size():
-                raise NoBackend(
-                    f"{NAME}: needs all of {name} within {MOST_OFFSET} elements of its first, got strides "
-                    f"{tensor.stride()} of shape {tuple(tensor.shape)}; triton takes any"
-                )
+        copied_q = inputs.remembered
+        if copied_q is None:
+            copied_q = self._checked(inputs, out)
+        cache, q = inputs.kv_cache, inputs.q.contiguous() if copied_q else inputs.q
         if self._step.fit(q) or self._stale or softmax_scale != self._scale:
             self._plan(softmax_scale)
         tokens = q.shape[0]
@@ -111,6 +108,20 @@ class WrapperRunner:
         result(NAME, "lse", returned[1], lse.shape, torch.float32)
         if finish is not None:
             finish(theirs, (theirs.stride(0), 0, 1), None, out, lse)
+
+    def _checked(self, inputs: DecodeInputs, out: Tensor) -> bool:
+        """Whether q must be copied, remembered for calls that are alike; NoBackend for tensors that are not read
+        right."""
+        cache, copied_q = wide_cache(NAME, inputs.kv_cache), not wide(inputs.q)
+        for name, tensor in (("kv_cache", cache), ("q", inputs.q), ("out", out)):
+            reach = tensor.nbytes if copied_q and name == "q" else span_bytes(tensor)
+            if reach > MOST_OFFSET * tensor.element_size():
+                raise NoBackend(
+                    f"{NAME}: needs all of {name} within {MOST_OFFSET} elements of its first, got strides "
+                    f"{tensor.stride()} of shape {tuple(tensor.shape)}; triton takes any"
+                )
+        inputs.remember(copied_q)
+        return copied_q
 
     def _plan(self, softmax_scale: float) -> None:
         metadata, shape = self._metadata, self._shape

@@ -99,11 +99,6 @@ def wide_cache(library: str, cache: Tensor) -> Tensor:
     return cache
 
 
-def wide_rows(q: Tensor) -> Tensor:
-    """The queries, copied if wide copies could not read them."""
-    return q if wide(q) else q.contiguous()
-
-
 def keywords(
     library: str,
     function: Callable[..., Any],
