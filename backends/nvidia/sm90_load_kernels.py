@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, first_item, read_item
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, first_item, item_at
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -62,6 +62,12 @@ def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr
             _cache_row(table_row_ptr, position + 32, last, page_rows, PAGE_SIZE),
             _cache_row(table_row_ptr, position + 48, last, page_rows, PAGE_SIZE),
         )
+
+
+@gluon.jit
+def _pages_of_first_item(work):
+    """The last page of a part's first item, and the page before."""
+    return gl.load(work.head_ptr + HEAD_PAGES), gl.load(work.head_ptr + HEAD_PAGES + 1)
 
 
 @gluon.jit
@@ -176,10 +182,9 @@ def load_left(
     once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
     start, stop, item = first_item(work, HEADS)
-    last_page, page_before = gl.load(work.head_ptr + HEAD_PAGES), gl.load(work.head_ptr + HEAD_PAGES + 1)
+    last_page, page_before = _pages_of_first_item(work)
     for index in range(start, stop):
-        if index > start:
-            item = read_item(work, index, HEADS)
+        item = item_at(work, item, start, index, HEADS)
         known = gl.where(index > start, 0, 1), last_page, page_before
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
         last = item.kv_end - 1
@@ -229,10 +234,9 @@ def load_right(
     once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
     start, stop, item = first_item(work, HEADS)
-    last_page, page_before = gl.load(work.head_ptr + HEAD_PAGES), gl.load(work.head_ptr + HEAD_PAGES + 1)
+    last_page, page_before = _pages_of_first_item(work)
     for index in range(start, stop):
-        if index > start:
-            item = read_item(work, index, HEADS)
+        item = item_at(work, item, start, index, HEADS)
         known = gl.where(index > start, 0, 1), last_page, page_before
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
         last = item.kv_end - 1

@@ -218,9 +218,11 @@ def first_item(work, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def read_item(work, index, HEADS: gl.constexpr):
-    """One of a part's other items."""
-    return _read_item(work, work.items_ptr + index * ITEM_FIELDS, HEADS)
+def item_at(work, item, start, index, HEADS: gl.constexpr):
+    """The item of a number, given the one before; the part's first is there already."""
+    if index > start:
+        item = _read_item(work, work.items_ptr + index * ITEM_FIELDS, HEADS)
+    return item
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from portable_mla.backends.nvidia.sm90_room_kernels import (
     BLOCK,
     HALF,
     first_item,
-    read_item,
+    item_at,
 )
 from portable_mla.backends.nvidia.sm90_score_kernels import (
     ACC,
@@ -120,8 +120,7 @@ def left_warpgroup(
     query_phase = 0
     start, stop, item = first_item(work, HEADS)
     for index in range(start, stop):
-        if index > start:
-            item = read_item(work, index, HEADS)
+        item = item_at(work, item, start, index, HEADS)
         level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
@@ -249,8 +248,7 @@ def right_warpgroup(
     query_phase = 0
     start, stop, item = first_item(work, HEADS)
     for index in range(start, stop):
-        if index > start:
-            item = read_item(work, index, HEADS)
+        item = item_at(work, item, start, index, HEADS)
         level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)

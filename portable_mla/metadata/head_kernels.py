@@ -18,12 +18,18 @@ def open_part(part_heads_ptr, part, index, mask, parts):
 
 
 @triton.jit
+def write_item(item_ptr, item, mask):
+    """The fields of each item, and a 0 behind them."""
+    for field in tl.static_range(7):
+        tl.store(item_ptr + field, item[field], mask=mask)
+    tl.store(item_ptr + 7, 0, mask=mask)
+
+
+@triton.jit
 def write_head(head_ptr, item, row_ptr, columns, mask, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Copies of a part's first item and of the table's cells of the pages it ends with; page 0 where there is none."""
+    write_item(head_ptr + HEAD_ITEM, item, mask)
     tile_lo, tile_hi = item[1], item[2]
-    for field in tl.static_range(7):
-        tl.store(head_ptr + HEAD_ITEM + field, item[field], mask=mask)
-    tl.store(head_ptr + HEAD_ITEM + 7, 0, mask=mask)
     end = tl.minimum((tile_hi * BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE, columns)
     for before in tl.static_range(2):
         column = end - 1 - before

@@ -11,7 +11,7 @@ from portable_mla.metadata.cut_kernels import (
     share_of_a_part,
     unit_cost,
 )
-from portable_mla.metadata.head_kernels import HEAD_FIELDS, open_part, write_head
+from portable_mla.metadata.head_kernels import HEAD_FIELDS, open_part, write_head, write_item
 from portable_mla.metadata.page_kernels import check_pages, load_cells
 from portable_mla.metadata.status_kernels import KV_LEN, PAGE_ID, QUERY_LEN, QUERY_TOKENS, report_fault
 
@@ -56,18 +56,10 @@ def _write_items(
         before = tl.where(piece == 0, previous_last[:, None], before)
         slot = tl.where(pieces[:, None] > 1, slot_start[:, None] + piece, -1)
         index = item_start[:, None] + piece
-        item_ptr = items_ptr + index * ITEM_FIELDS
-        tl.store(item_ptr, request[:, None], mask=mask)
-        tl.store(item_ptr + 1, tile_lo, mask=mask)
-        tl.store(item_ptr + 2, tl.where(faulty[:, None], tile_lo, tile_hi), mask=mask)
-        tl.store(item_ptr + 3, slot, mask=mask)
-        tl.store(item_ptr + 4, seen[:, None], mask=mask)
-        tl.store(item_ptr + 5, query_start[:, None], mask=mask)
-        tl.store(item_ptr + 6, tokens[:, None], mask=mask)
-        tl.store(item_ptr + 7, 0, mask=mask)
+        tile_hi = tl.where(faulty[:, None], tile_lo, tile_hi)
+        item = (request[:, None], tile_lo, tile_hi, slot, seen[:, None], query_start[:, None], tokens[:, None])
+        write_item(items_ptr + index * ITEM_FIELDS, item, mask)
         if part_heads_ptr is not None:
-            tile_hi = tl.where(faulty[:, None], tile_lo, tile_hi)
-            item = (request[:, None], tile_lo, tile_hi, slot, seen[:, None], query_start[:, None], tokens[:, None])
             head_ptr = part_heads_ptr + part * HEAD_FIELDS
             write_head(head_ptr, item, row_ptr, columns[:, None], mask & (part > before), PAGE_SIZE, BLOCK_N)
         if FIXED_TILES > 0:
@@ -246,16 +238,9 @@ def plan_splits_kernel(
         all_items = items + tl.sum(pieces, 0)
         all_tokens = tokens_before + tl.sum(tokens, 0)
         _write_tails(
-            token_slots_ptr,
-            part_indptr_ptr,
-            part_heads_ptr,
-            all_tokens,
-            max_tokens,
-            last_part + 1,
-            parts,
-            all_items,
+            token_slots_ptr, part_indptr_ptr, part_heads_ptr, all_tokens, max_tokens, last_part + 1, parts, all_items,
             SCAN,
-        )
+        )  # fmt: skip
         tl.store(summary_ptr + 1, all_tokens)
         tl.store(summary_ptr + 2, all_items)
         tl.store(summary_ptr + 3, slots + tl.sum(split, 0))
