@@ -57,6 +57,14 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   where three reads waited for one another, and an item's slot and rows kept in registers: predicted 0.5 and 0.6.
   (1, 128, 1024) 10.8 -> 10.4, (1, 128, 8192) 17.1 -> 16.5, (8, 16, 8192) 35.2 -> 34.5. With 16 pages, and addresses
   chosen by the bounds, which waited again: (1, 16, 8192) 12.7 -> 13.3. Kept.
+- The first step of a part by a way of its own, ahead of the loop, and four reads of 16 bytes that neither compiler puts
+  off: the table's header was asked for behind the part's bounds, and 140 dependent instructions led to the first load,
+  now 65. From the item known to its loads asked for 0.98 -> 0.66, predicted 0.5; (1, 128, 1024) 10.1 -> 9.8, (1, 16,
+  8192) 12.2 -> 11.8, Azure, 32 and 128 requests of 16 heads 24.2 -> 23.5, 76.2 -> 75.4. Kept.
+- Float16 partial results where the accumulator has them, pairs of 32 columns transposed, which the combine undoes: 16
+  stores of 16 bytes a thread and no exchange. Predicted 0.8 at (1, 128, 1024), 10.4 -> 10.1; Azure, 32 and 128 requests
+  of 16 heads 24.5 -> 23.9, 76.4 -> 75.7. Eight rows interleaved, for whole lines: level, dropped: 64 KB leave an SM at
+  32 bytes a clock, whatever their order.
 - A part's last partial result by way of Q's room and TMA, 225 instructions instead of 450: predicted 1.2 at
   (1, 128, 1024), 10.4 -> 10.6, (1, 16, 8192) 12.4 -> 13.1. The first keys asked for ahead of Q: 10.4 -> 10.6, 12.4 ->
   12.3. Descriptors prefetched while the kernel before ends: 10.9 -> 10.9. Dropped.
@@ -95,7 +103,6 @@ def sm90_decode_kernel(
     kv_desc,  # descriptor of the cache as [rows, LATENT + ROPE], block [min(PAGE_SIZE, 64), 64]
     box_desc,  # descriptor of the cache as [(LATENT + ROPE) / 64, rows, 64], block [tiles of a box, 64, 64], or kv_desc
     kv_ptr,  # what kv_desc describes
-    table_header_ptr,  # [3] int64: address of the page table, its row stride, tiles of a part
     part_heads_ptr,  # [parts, 16] int32: first item, end, its last page, the page before, 4 unused, a copy of the item
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
@@ -128,7 +135,7 @@ def sm90_decode_kernel(
     pid = gl.program_id(0)
     part = pid // ROW_TILES
     work = Work(items_ptr, part_heads_ptr + part * HEAD_FIELDS, (pid % ROW_TILES) * BLOCK)
-    cache = Cache(kv_desc, box_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
+    cache = Cache(kv_desc, box_desc, kv_ptr, page_rows, stride_slot)
     room = new_room(q_desc.dtype, BOXES)
     results = Results(
         out_ptr, lse_ptr, partial_out_ptr, partial_stats_ptr, status_ptr, tokens, max_rows, stride_out_token,
@@ -138,7 +145,6 @@ def sm90_decode_kernel(
     if DEPENDENT:
         wait_for_previous_kernel()
     prefetch_line(work.head_ptr)
-    prefetch_line(table_header_ptr)
     scale = softmax_scale * LOG2_E
     # constants stay constants only in tuples that are not named
     gl.warp_specialize(

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, first_item, item_at
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, item_at, open_part
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -24,18 +24,10 @@ from portable_mla.backends.nvidia.sm90_sync_kernels import (
     reinterpret,
     tma_load,
 )
-from portable_mla.metadata.head_kernels import HEAD_PAGES
 
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
 BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
 EVEN_USED, ODD_USED = gl.constexpr(1), gl.constexpr(2)
-
-
-@gluon.jit
-def _open_table(table_header_ptr):
-    """Address and row stride of the page table, found through the header so that a captured graph follows a new one."""
-    base = gl.load(table_header_ptr).to(gl.pointer_type(gl.int32), bitcast=True)
-    return base, gl.load(table_header_ptr + 1)
 
 
 @gluon.jit
@@ -65,22 +57,13 @@ def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr
 
 
 @gluon.jit
-def _pages_of_first_item(work):
-    """The last page of a part's first item, and the page before."""
-    return gl.load(work.head_ptr + HEAD_PAGES), gl.load(work.head_ptr + HEAD_PAGES + 1)
-
-
-@gluon.jit
-def _rows_at(step, known, table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
-    """`block_rows`; of a part's first step, the pages are known. known: the first step without, the last page, and the
-    page before."""
+def _first_rows(pages, row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
+    """`block_rows` of a part's first step. pages: of the item's last key, and the page before."""
     if PAGE_SIZE >= BLOCK:
-        cell = gl.minimum(position, last) // PAGE_SIZE
-        page = gl.where(cell == last // PAGE_SIZE, known[1], known[2])
-        page = gl.load(table_row_ptr + cell, mask=step >= known[0], other=page)
-        return (page * page_rows + position % PAGE_SIZE,)
+        same = gl.minimum(position, last) // PAGE_SIZE == last // PAGE_SIZE
+        return (gl.where(same, pages[0], pages[1]) * page_rows + position % PAGE_SIZE,)
     else:
-        return block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE)
+        return block_rows(row_ptr, position, last, page_rows, PAGE_SIZE)
 
 
 @gluon.jit
@@ -169,6 +152,27 @@ def _prefetch(cache, row_ptr, position, item, first_row, once, ROPE: gl.constexp
 
 
 @gluon.jit
+def _begin_left(
+    room, cache, q_desc, item, pages, row_ptr, first_row, once, HEADS: gl.constexpr, ROPE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
+):  # fmt: skip
+    """The first step of a part, into rooms that nobody has used."""
+    q_row = item.query_start * HEADS + first_row
+    _load_query(q_desc, q_row, room.query, room.query_left_full, 0, QUERY_ROWS)
+    if ROPE:
+        _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
+    position, last = even_position(item, 0), item.kv_end - 1
+    rows = _first_rows(pages, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+    _load_half(cache, rows, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
+    if loads_odd(item, 0):
+        rows = _first_rows(pages, row_ptr, odd_position(item, 0), last, cache.page_rows, PAGE_SIZE)
+        mbarrier.wait(room.query_left_full, 0)
+        _load_half(cache, rows, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
+    if LONG:
+        _prefetch(cache, row_ptr, position - 2 * BLOCK, item, first_row, once, ROPE, PAGE_SIZE)
+
+
+@gluon.jit
 def load_left(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
     QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
@@ -178,40 +182,40 @@ def load_left(
     All programs begin at once, and their first loads take as long as a few pairs: those of the first odd block wait
     for Q, so that the scores of the even one begin, and its room is filled again, while the memory is still busy.
     """
-    table_ptr, stride_table = _open_table(cache.table_header_ptr)
-    once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
-    start, stop, item = first_item(work, HEADS)
-    last_page, page_before = _pages_of_first_item(work)
+    start, stop, pages, item, table_ptr, stride_table, share = open_part(work, HEADS)
+    once = True if LONG == 0 else share < LONG
+    begun = 0  # steps of the first item
+    if (start < stop) & (item.pairs + item.lone > 0):
+        row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
+        _begin_left(
+            room, cache, q_desc, item, pages, row_ptr, work.first_row, once, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG
+        )
+        used = EVEN_USED + gl.where(loads_odd(item, 0), ODD_USED, 0)
+        begun = 1
     for index in range(start, stop):
         item = item_at(work, item, start, index, HEADS)
-        known = gl.where(index > start, 0, 1), last_page, page_before
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
         last = item.kv_end - 1
-        for step in range(item.pairs + item.lone):
+        for step in range(gl.where(index > start, 0, begun), item.pairs + item.lone):
             position = even_position(item, step)
-            even = _rows_at(step, known, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+            rows = block_rows(row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+            q_row = item.query_start * HEADS + work.first_row
             if step == 0:
                 if used & EVEN_USED:
                     meet(FREE_QUERY, QUERY_THREADS)
-                q_row = item.query_start * HEADS + work.first_row
                 _load_query(q_desc, q_row, room.query, room.query_left_full, 0, QUERY_ROWS)
-                if ROPE and used == 0:
-                    _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
             if used & EVEN_USED:
                 meet(FREE_LEFT_0, RELEASE_THREADS)
-            _load_half(cache, even, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
-            odd = _rows_at(step, known, row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
+            _load_half(cache, rows, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
+            rows = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
             if (used == EVEN_USED + ODD_USED) & ((step == 0) | loads_odd(item, step)):
                 meet(FREE_LEFT_1, RELEASE_THREADS)
                 used = EVEN_USED
-            if ROPE and (step == 0) & (used > 0):
-                q_row = item.query_start * HEADS + work.first_row
+            if ROPE and step == 0:
                 _load_query_rope(q_desc, q_row, room, QUERY_ROWS)
             if loads_odd(item, step):
-                if used == 0:
-                    mbarrier.wait(room.query_left_full, 0)
-                _load_half(cache, odd, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
+                _load_half(cache, rows, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
                 used = used | ODD_USED
             if LONG:
                 _prefetch(cache, row_ptr, position - 2 * BLOCK, item, work.first_row, once, ROPE, PAGE_SIZE)
@@ -225,24 +229,56 @@ def load_left(
 
 
 @gluon.jit
+def _begin_right(
+    room, cache, q_desc, item, pages, row_ptr, first_row, once, HEADS: gl.constexpr, ROPE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
+):  # fmt: skip
+    """The first step of a part, into rooms that nobody has used."""
+    q_row = item.query_start * HEADS + first_row
+    _load_query(q_desc, q_row, room.query, room.query_right_full, HALF, QUERY_ROWS)
+    position, last = even_position(item, 0), item.kv_end - 1
+    rows = _first_rows(pages, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+    _load_right_half(cache, rows, room.even, once, ROPE, PAGE_SIZE)
+    if loads_odd(item, 0):
+        rows = _first_rows(pages, row_ptr, odd_position(item, 0), last, cache.page_rows, PAGE_SIZE)
+        mbarrier.wait(room.query_right_full, 0)
+        _load_right_half(cache, rows, room.odd, once, ROPE, PAGE_SIZE)
+    if LONG:
+        _prefetch(cache, row_ptr, position - BLOCK, item, first_row, once, ROPE, PAGE_SIZE)
+
+
+@gluon.jit
+def _load_right_half(cache, rows, block, once, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Columns of a block from 256 on."""
+    _load_half(cache, rows, HALF, block.right_full, block.right, once, PAGE_SIZE)
+    if ROPE:
+        _load_tile(cache.rows, rows, LATENT, block.rope_full, block.rope.index(0), once, PAGE_SIZE)
+
+
+@gluon.jit
 def load_right(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
     QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
     """Columns 256..511 of Q, and columns from 256 on of all blocks, which warpgroup 1 lets go of."""
-    table_ptr, stride_table = _open_table(cache.table_header_ptr)
-    once = True if LONG == 0 else gl.load(cache.table_header_ptr + 2) < LONG
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
-    start, stop, item = first_item(work, HEADS)
-    last_page, page_before = _pages_of_first_item(work)
+    start, stop, pages, item, table_ptr, stride_table, share = open_part(work, HEADS)
+    once = True if LONG == 0 else share < LONG
+    begun = 0  # steps of the first item
+    if (start < stop) & (item.pairs + item.lone > 0):
+        row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
+        _begin_right(
+            room, cache, q_desc, item, pages, row_ptr, work.first_row, once, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG
+        )
+        used = EVEN_USED + gl.where(loads_odd(item, 0), ODD_USED, 0)
+        begun = 1
     for index in range(start, stop):
         item = item_at(work, item, start, index, HEADS)
-        known = gl.where(index > start, 0, 1), last_page, page_before
         row_ptr = table_ptr + item.request.to(gl.int64) * stride_table
         last = item.kv_end - 1
-        for step in range(item.pairs + item.lone):
+        for step in range(gl.where(index > start, 0, begun), item.pairs + item.lone):
             position = even_position(item, step)
-            even = _rows_at(step, known, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+            rows = block_rows(row_ptr, position, last, cache.page_rows, PAGE_SIZE)
             if step == 0:
                 if used & EVEN_USED:
                     meet(FREE_QUERY, QUERY_THREADS)
@@ -250,18 +286,12 @@ def load_right(
                 _load_query(q_desc, q_row, room.query, room.query_right_full, HALF, QUERY_ROWS)
             if used & EVEN_USED:
                 meet(FREE_RIGHT_0, RELEASE_THREADS)
-            _load_half(cache, even, HALF, room.even.right_full, room.even.right, once, PAGE_SIZE)
-            if ROPE:
-                _load_tile(cache.rows, even, LATENT, room.even.rope_full, room.even.rope.index(0), once, PAGE_SIZE)
-            odd = _rows_at(step, known, row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
+            _load_right_half(cache, rows, room.even, once, ROPE, PAGE_SIZE)
+            rows = block_rows(row_ptr, odd_position(item, step), last, cache.page_rows, PAGE_SIZE)
             if loads_odd(item, step):
                 if used & ODD_USED:
                     meet(FREE_RIGHT_1, RELEASE_THREADS)
-                if used == 0:
-                    mbarrier.wait(room.query_right_full, 0)
-                _load_half(cache, odd, HALF, room.odd.right_full, room.odd.right, once, PAGE_SIZE)
-                if ROPE:
-                    _load_tile(cache.rows, odd, LATENT, room.odd.rope_full, room.odd.rope.index(0), once, PAGE_SIZE)
+                _load_right_half(cache, rows, room.odd, once, ROPE, PAGE_SIZE)
                 used = used | ODD_USED
             if LONG:
                 _prefetch(cache, row_ptr, position - BLOCK, item, work.first_row, once, ROPE, PAGE_SIZE)

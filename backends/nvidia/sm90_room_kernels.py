@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from portable_mla.backends.nvidia.sm90_compat import aggregate
-from portable_mla.backends.nvidia.sm90_sync_kernels import new_barrier, new_barriers
-from portable_mla.metadata.head_kernels import HEAD_ITEM
+from portable_mla.backends.nvidia.sm90_sync_kernels import new_barrier, new_barriers, read_2_long, read_4
+from portable_mla.metadata.head_kernels import HEAD_ITEM, HEAD_TABLE
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 
 BLOCK = gl.constexpr(64)  # keys of a block, and rows of a program
@@ -86,16 +86,14 @@ class Cache:
     rows: tma.tensor_descriptor
     boxes: tma.tensor_descriptor
     kv_ptr: gl.tensor
-    table_header_ptr: gl.tensor
     page_rows: gl.tensor
     stride_slot: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, rows, boxes, kv_ptr, table_header_ptr, page_rows, stride_slot):
+    def __init__(self, rows, boxes, kv_ptr, page_rows, stride_slot):
         self.rows = rows
         self.boxes = boxes
         self.kv_ptr = kv_ptr
-        self.table_header_ptr = table_header_ptr
         self.page_rows = page_rows
         self.stride_slot = stride_slot
 
@@ -213,30 +211,40 @@ def new_room(DTYPE: gl.constexpr, BOXES: gl.constexpr):
 
 @gluon.jit
 def first_item(work, HEADS: gl.constexpr):
-    """Numbers of the part's first item and behind its last, and the first: reads that do not wait for one another."""
-    return gl.load(work.head_ptr), gl.load(work.head_ptr + 1), _read_item(work, work.head_ptr + HEAD_ITEM, HEADS)
+    """Numbers of the part's first item and behind its last, and the first."""
+    start, stop, _, _ = read_4(work.head_ptr)
+    item, _ = _read_item(work, work.head_ptr + HEAD_ITEM, HEADS)
+    return start, stop, item
+
+
+@gluon.jit
+def open_part(work, HEADS: gl.constexpr):
+    """The same with the pages that the first item ends with, address and row stride of the page table, and the tiles of
+    a part. All reads are under way before the first is waited for."""
+    start, stop, last_page, page_before = read_4(work.head_ptr)
+    table, stride_table = read_2_long(work.head_ptr + HEAD_TABLE)
+    item, share = _read_item(work, work.head_ptr + HEAD_ITEM, HEADS)
+    table_ptr = table.to(gl.pointer_type(gl.int32), bitcast=True)
+    return start, stop, (last_page, page_before), item, table_ptr, stride_table, share
 
 
 @gluon.jit
 def item_at(work, item, start, index, HEADS: gl.constexpr):
     """The item of a number, given the one before; the part's first is there already."""
     if index > start:
-        item = _read_item(work, work.items_ptr + index * ITEM_FIELDS, HEADS)
+        item, _ = _read_item(work, work.items_ptr + index * ITEM_FIELDS, HEADS)
     return item
 
 
 @gluon.jit
 def _read_item(work, item_ptr, HEADS: gl.constexpr):
-    """The item as this row tile sees it: without work where the unit has no such rows, or is faulty."""
-    first_block = gl.load(item_ptr + 1)  # a tile of the plan is a block
-    last_block = gl.load(item_ptr + 2)
-    kv_len = gl.load(item_ptr + 4)
-    query_len = gl.load(item_ptr + 6)
+    """The item as this row tile sees it: without work where the unit has no such rows, or is faulty; and the field
+    behind it."""
+    request, first_block, last_block, slot = read_4(item_ptr)  # a tile of the plan is a block
+    kv_len, query_start, query_len, behind = read_4(item_ptr + 4)
     kv_end = gl.minimum(kv_len, last_block * BLOCK)
     kv_end = gl.where(work.first_row < query_len * HEADS, kv_end, 0)
     blocks = gl.maximum(kv_end - first_block * BLOCK + BLOCK - 1, 0) // BLOCK
     all_see = gl.minimum(kv_end, kv_len - query_len + 1)
-    return Item(
-        gl.load(item_ptr), first_block, blocks // 2, blocks % 2, kv_end, kv_len, gl.load(item_ptr + 5), query_len,
-        all_see, gl.load(item_ptr + 3),
-    )  # fmt: skip
+    item = Item(request, first_block, blocks // 2, blocks % 2, kv_end, kv_len, query_start, query_len, all_see, slot)
+    return item, behind

@@ -101,7 +101,7 @@ class Sm90Runner:
         q_desc.base, kv_desc.base = self._dense(inputs.q) if layout.copied_q else inputs.q, cache
         box_desc.base = cache
         layout.decode(
-            q_desc, kv_desc, box_desc, cache, plan.table_header, plan.part_heads, plan.items, out, lse, *partials,
+            q_desc, kv_desc, box_desc, cache, plan.part_heads, plan.items, out, lse, *partials,
             self._metadata.status.words, softmax_scale, *layout.sizes, self._rows, *layout.results,
         )  # fmt: skip
         layout.combine(plan.token_slots, *partials, out, lse, self._shape.heads, self._rows, *layout.results)

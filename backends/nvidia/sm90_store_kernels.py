@@ -24,6 +24,16 @@ PAIRS_OF_2 = gl.constexpr(
         shape=[64, 128],
     )
 )
+# Pairs where the accumulator has them, four of a row to a store of 16 bytes; the combine puts columns in order.
+PAIRS_IN_PLACE = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 128],
+    )
+)
 LEAST_PEAK = gl.constexpr(2.0**-120)  # its reciprocal is finite
 
 
@@ -125,20 +135,30 @@ def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
 
 
 @gluon.jit
+def _store_in_place(bits, first_row, rows, slot, results, FIRST: gl.constexpr):
+    """A partial result in the accumulator's order: of each 32 columns, a 4 by 4 matrix of pairs is transposed."""
+    bits = gl.permute(gl.reshape(bits, [BLOCK, HALF // 32, 4, 4]), [0, 1, 3, 2])
+    bits = gl.convert_layout(gl.reshape(bits, [BLOCK, HALF // 2]), PAIRS_IN_PLACE, assert_trivial=True)
+    row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_IN_PLACE))
+    place = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_IN_PLACE))
+    base_ptr = results.partial_out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    pair_ptr = base_ptr + (_piece_rows(row, slot, results) // 2)[:, None] + place[None, :].to(gl.int64)
+    gl.store(pair_ptr, bits, mask=(row < rows)[:, None])
+
+
+@gluon.jit
 def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
     """The same where a partial one is float16, in units of each row's peak, which loses 2**-12 of what bfloat16 does.
-    Both go one way, for less code to fetch."""
+    Both are scaled by the same code, for less of it to fetch."""
     whole = slot < 0
     peak = gl.maximum(peak * norm, gl.full_like(peak, LEAST_PEAK))
     left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
     bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty) if whole else pack_pairs(left, right, gl.float16)
-    row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
-    piece_row = _piece_rows(row, slot, results)
-    row_start = gl.where(whole, _whole_rows(row, query_start, results, HEADS), piece_row)
-    base_ptr = results.out_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
-    if slot >= 0:
-        base_ptr = results.partial_out_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
-    _store_pairs(bits, base_ptr, row_start, row, rows, FIRST)
+    if whole:
+        row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
+        _store_pairs(bits, results.out_ptr, _whole_rows(row, query_start, results, HEADS), row, rows, FIRST)
+    else:
+        _store_in_place(bits, opaque(work.first_row), rows, slot, results, FIRST)
     if FIRST == 0:
         peak_row = work.first_row + gl.arange(0, BLOCK, ACC_ROW)
         peak_ptr = results.partial_stats_ptr + NARROW_STATS * (slot.to(gl.int64) * results.max_rows + peak_row) + 2

@@ -50,6 +50,15 @@ def _merge(
 
 
 @triton.jit
+def _in_order(result):
+    """Columns in their order: of each 32 of a float16 partial result, a 4 by 4 matrix of pairs is transposed."""
+    ROWS: tl.constexpr = result.shape[0]
+    COLUMNS: tl.constexpr = result.shape[1]
+    pairs = tl.permute(tl.reshape(result, [ROWS, COLUMNS // 32, 4, 4, 2]), 0, 1, 3, 2, 4)
+    return tl.reshape(pairs, [ROWS, COLUMNS])
+
+
+@triton.jit
 def _finish_rows(
     partial_out_ptr, partial_stats_ptr, out_ptr, lse_ptr, token, slot_lo, slot_hi, index, live, heads, max_rows,
     stride_out_token, stride_out_head, stride_lse_token, stride_lse_head,
@@ -74,6 +83,8 @@ def _finish_rows(
     acc = tl.where(slot_hi == FAULTY, float("nan"), acc)
     out_row = token.to(tl.int64) * stride_out_token + head.to(tl.int64) * stride_out_head
     result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    if partial_out_ptr.dtype.element_ty != tl.float32:
+        result = _in_order(result)
     tl.store(out_ptr + out_row[:, None] + column[None, :], result, mask=row_valid[:, None])
     if first_column == 0:
         lse_row = token.to(tl.int64) * stride_lse_token + head.to(tl.int64) * stride_lse_head

@@ -3,8 +3,11 @@
 import triton
 import triton.language as tl
 
-HEAD_FIELDS = tl.constexpr(16)  # first item, end, its last page, the page before, 4 unused, and a copy of that item
+# First item, end, its last page, the page before, address and row stride of the page table as int64, and a copy of that
+# item with the tiles of a part, starts of units included, where an item has a 0.
+HEAD_FIELDS = tl.constexpr(16)
 HEAD_PAGES = tl.constexpr(2)
+HEAD_TABLE = tl.constexpr(4)
 HEAD_ITEM = tl.constexpr(8)
 
 
@@ -18,17 +21,21 @@ def open_part(part_heads_ptr, part, index, mask, parts):
 
 
 @triton.jit
-def write_item(item_ptr, item, mask):
-    """The fields of each item, and a 0 behind them."""
+def write_item(item_ptr, item, last, mask):
+    """The fields of each item, and a last one."""
     for field in tl.static_range(7):
         tl.store(item_ptr + field, item[field], mask=mask)
-    tl.store(item_ptr + 7, 0, mask=mask)
+    tl.store(item_ptr + 7, last, mask=mask)
 
 
 @triton.jit
-def write_head(head_ptr, item, row_ptr, columns, mask, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Copies of a part's first item and of the table's cells of the pages it ends with; page 0 where there is none."""
-    write_item(head_ptr + HEAD_ITEM, item, mask)
+def write_head(head_ptr, item, table, row_ptr, columns, share, mask, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Copies of a part's first item and of the table's cells of the pages it ends with, page 0 where there is none;
+    where the table is. table: its address, row stride."""
+    write_item(head_ptr + HEAD_ITEM, item, share, mask)
+    table_ptr = (head_ptr + HEAD_TABLE).to(tl.pointer_type(tl.int64), bitcast=True)
+    tl.store(table_ptr, table[0].to(tl.int64), mask=mask)
+    tl.store(table_ptr + 1, table[1].to(tl.int64), mask=mask)
     tile_lo, tile_hi = item[1], item[2]
     end = tl.minimum((tile_hi * BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE, columns)
     for before in tl.static_range(2):

@@ -30,8 +30,8 @@ def _maximum(a, b):
 
 @triton.jit
 def _write_items(
-    items_ptr, part_indptr_ptr, part_heads_ptr, row_ptr, columns, request, start, tiles, first, pieces, item_start,
-    slot_start, previous_last, cuts, faulty, seen, query_start, tokens,
+    items_ptr, part_indptr_ptr, part_heads_ptr, table, row_ptr, columns, request, start, tiles, first, pieces,
+    item_start, slot_start, previous_last, cuts, faulty, seen, query_start, tokens,
     PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, FIXED_TILES: tl.constexpr,
     MAX_PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -58,10 +58,11 @@ def _write_items(
         index = item_start[:, None] + piece
         tile_hi = tl.where(faulty[:, None], tile_lo, tile_hi)
         item = (request[:, None], tile_lo, tile_hi, slot, seen[:, None], query_start[:, None], tokens[:, None])
-        write_item(items_ptr + index * ITEM_FIELDS, item, mask)
+        write_item(items_ptr + index * ITEM_FIELDS, item, 0, mask)
         if part_heads_ptr is not None:
             head_ptr = part_heads_ptr + part * HEAD_FIELDS
-            write_head(head_ptr, item, row_ptr, columns[:, None], mask & (part > before), PAGE_SIZE, BLOCK_N)
+            opens = mask & (part > before)
+            write_head(head_ptr, item, table, row_ptr, columns[:, None], share, opens, PAGE_SIZE, BLOCK_N)
         if FIXED_TILES > 0:
             opened = tl.where(mask, part - before, 0)
             for empty in range(tl.max(tl.max(opened, 1), 0)):
@@ -214,9 +215,9 @@ def plan_splits_kernel(
     bad_page, strange = check_pages(row_ptr, columns, cells, max_pages, BLOCK_C)
     faulty = bad_page | (right == 0)
     _write_items(
-        items_ptr, part_indptr_ptr, part_heads_ptr, row_ptr, columns, request, start, tiles, first, pieces, item_start,
-        slot_start, previous_last, cuts, faulty, seen, query_start, tokens, PAGE_SIZE, BLOCK_N, BLOCK_P, FIXED_TILES,
-        MAX_PIECES,
+        items_ptr, part_indptr_ptr, part_heads_ptr, (table_ptr, stride_table), row_ptr, columns, request, start, tiles,
+        first, pieces, item_start, slot_start, previous_last, cuts, faulty, seen, query_start, tokens, PAGE_SIZE,
+        BLOCK_N, BLOCK_P, FIXED_TILES, MAX_PIECES,
     )  # fmt: skip
     _write_tokens(
         token_slots_ptr,

@@ -37,16 +37,22 @@ def random_partials(dtype: torch.dtype) -> tuple[Partials, tuple[Tensor, Tensor]
     stats[..., 1] = torch.rand(out.shape[:2], generator=rng) * 30 + 1
     if dtype == torch.float16:
         stats[..., 2] = value.abs().amax(-1)
-        value = value / stats[..., 2:]
+        value = transposed(value / stats[..., 2:])
     out.copy_(value)
     return sizes, (out, stats), torch.tensor(slots, dtype=torch.int32)
+
+
+def transposed(value: Tensor) -> Tensor:
+    """Of 32 columns, the 4 x 4 pairs change places, and back: the order that float16 partial results are in."""
+    pairs = value.reshape(*value.shape[:-1], -1, 4, 4, 2)
+    return pairs.transpose(-3, -2).reshape(value.shape)
 
 
 def merged(partials: tuple[Tensor, Tensor], low: int, high: int) -> tuple[Tensor, Tensor]:
     """By definition: [heads, latent] and the natural logarithm of what the rows sum to."""
     out, stats = (tensor[low:high].double() for tensor in partials)
     weight = stats[..., 1] * torch.exp2(stats[..., 0])
-    values = out * stats[..., 2:] if stats.shape[-1] == 3 else out
+    values = transposed(out) * stats[..., 2:] if stats.shape[-1] == 3 else out
     total = weight.sum(0)
     return (weight[..., None] * values).sum(0) / total[:, None], total.log()
 

@@ -115,22 +115,22 @@ def assert_planned_as_defined(case: PlanCase) -> None:
     assert int(plan.table_header[2]) == defined.share
     assert (plan.part_heads is not None) == case.shape.heads
     if plan.part_heads is not None:
-        assert_heads_as_defined(case, plan.part_heads, defined)
+        assert_heads_as_defined(case, plan.part_heads, defined, int(plan.table_header[0]))
 
 
-def assert_heads_as_defined(case: PlanCase, heads: torch.Tensor, defined: Plan) -> None:
-    """Each part's bounds, its first item, and the last two pages of that item."""
+def assert_heads_as_defined(case: PlanCase, heads: torch.Tensor, defined: Plan, address: int) -> None:
+    """Each part's bounds, its first item and the last two pages of that, the stride of the table and the share."""
     table = case.batch().block_table
     for (start, stop), head in zip(itertools.pairwise(defined.part_indptr), heads, strict=True):
         assert head[:2].tolist() == [start, stop]
         if start == stop:
             continue
-        assert head[8:16].tolist() == list(defined.items[start])
+        assert head[8:16].tolist() == [*defined.items[start][:-1], defined.share]
         request, low, high, _, kv_len, *_ = defined.items[start]
         pages = -(-min(kv_len, high * case.shape.block_n) // PAGE_SIZE) if low < high else 0
         columns = (pages - 1, pages - 2)
         assert head[2:4].tolist() == [int(table[request, column]) if column >= 0 else 0 for column in columns]
-        assert head[4:8].tolist() == [UNWRITTEN] * 4
+        assert head[4:8].view(torch.int64).tolist() == [address, table.stride(0)]
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
