@@ -155,7 +155,7 @@ def variants(arch: str) -> dict[str, Job]:
             (f"combine {kind} dependent", functools.partial(compile_combine, request, kind, dependent=True))
             for kind in COMBINES
         ]
-        jobs.append(("plan heads", functools.partial(compile_plan, ragged, tile, heads=True)))
+        jobs.append(("plan heads", functools.partial(compile_plan, ragged, tile, row_tiles=2)))
     # rules that differ in their plans alone share a kernel, and its name
     return dict(jobs) | write_variants(arch) | prefill_variants(arch)
 

@@ -114,9 +114,9 @@ def compile_gluon(request: Request) -> Any:
     """Hopper's Gluon kernel as its runner launches it, compiled; imported here, for not every Triton has its names."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    from portable_mla.backends.nvidia.sm90_box_kernels import BOX_LAYOUT
     from portable_mla.backends.nvidia.sm90_eviction import rewriting
     from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
-    from portable_mla.backends.nvidia.sm90_load_kernels import BOX_LAYOUT
     from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, TILES, Sm90Runner
 
     shape = request.shape
@@ -129,7 +129,7 @@ def compile_gluon(request: Request) -> Any:
     in_boxes = shape.page_size >= BLOCK
     types["box_desc"] = f"tensordesc<{dtype}{box},{BOX_LAYOUT.value!r}>" if in_boxes else types["kv_desc"]
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
-    types |= dict.fromkeys(("part_heads_ptr", "items_ptr"), "*i32!")
+    types |= dict.fromkeys(("heads_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")
     types["partial_out_ptr"] = "*fp16!" if runner.partials.dtype == torch.float16 else "*fp32!"
     types |= dict.fromkeys(("stride_slot", "stride_out_token", "stride_out_head"), "i32!")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ci.cross_compile import DTYPES, Resources, compile_kernel, default_types, index_types
 from portable_mla.backends.triton.runner import plan_shape
 from portable_mla.backends.triton.tile import Tile
@@ -17,10 +19,11 @@ from portable_mla.shape import Request
 from portable_mla.write_launch import write_constants
 
 
-def compile_plan(request: Request, tile: Tile, *, heads: bool = False) -> Resources:
-    """The kernel that plans the splits, for a ragged batch without positions of its own. heads: of parts too."""
-    constants = plan_constants(plan_shape(request, tile), request.shape.page_size) | {"positions_ptr": None}
-    constants |= {} if heads else {"part_heads_ptr": None}
+def compile_plan(request: Request, tile: Tile, *, row_tiles: int = 0) -> Resources:
+    """The kernel that plans the splits, for a ragged batch without positions of its own, with heads if row_tiles."""
+    shape = replace(plan_shape(request, tile), row_tiles=row_tiles, halves=row_tiles > 0)
+    constants = plan_constants(shape, request.shape.page_size) | {"positions_ptr": None}
+    constants |= {} if row_tiles else {"heads_ptr": None}
     return compile_kernel(plan_splits_kernel, request.arch, index_types(plan_splits_kernel), constants)
 
 

@@ -209,7 +209,7 @@ def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(monk
             (_, decode), (_, combine) = launched[-2:]
             assert decode["q_desc"].base is q and decode["kv_desc"].base is decode["kv_ptr"] is cache
             assert decode["box_desc"].base is cache and decode["box_desc"].block_shape == [2, 64, 64]
-            assert decode["part_heads_ptr"] is plan.part_heads is not None
+            assert decode["heads_ptr"] is plan.heads is not None
             assert decode["items_ptr"] is plan.items and combine["token_slots_ptr"] is plan.token_slots
             for given in (decode, combine):
                 assert given["out_ptr"] is out and given["lse_ptr"] is lse

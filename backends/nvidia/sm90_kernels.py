@@ -68,6 +68,11 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
 - A part's last partial result by way of Q's room and TMA, 225 instructions instead of 450: predicted 1.2 at
   (1, 128, 1024), 10.4 -> 10.6, (1, 16, 8192) 12.4 -> 13.1. The first keys asked for ahead of Q: 10.4 -> 10.6, 12.4 ->
   12.3. Descriptors prefetched while the kernel before ends: 10.9 -> 10.9. Dropped.
+- Programs of 32 rows, two for each of 64, where half the parts would be idle (head_kernels.py): an SM takes in 64 bytes a
+  clock and gives out 32, so the stores of 64 rows are 1.2 of (1, 128, 1024). Predicted 0.7: 9.8 -> 9.1, (1, 128, 8192)
+  15.3 -> 14.7, (1, 64, 8192) 13.9 -> 13.4. Programs of 16 rows: 10.9, 19.7, 14.0, since Q and keys come four times.
+  Boxes of 32 rows for their Q: (1, 128, 1024) 8.9, but two such boxes in place of one elsewhere: (8, 64, 8192) 37.9 ->
+  39.2; the page table's header asked for with the head, not behind the first loads: 9.4, 39.0. Dropped.
 - A rehearsal of the stores while the first loads are under way, so that their code is in the instruction cache at the
   end: predicted 1 at (1, 128, 1024), 11.0 -> 13.2, for it takes longer than the loads. Dropped.
 
@@ -81,10 +86,8 @@ from triton.experimental.gluon import language as gl
 
 from portable_mla.backends.nvidia.sm90_load_kernels import load_left, load_right
 from portable_mla.backends.nvidia.sm90_room_kernels import (
-    BLOCK,
     Cache,
     Results,
-    Work,
     new_room,
 )
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
@@ -103,7 +106,8 @@ def sm90_decode_kernel(
     kv_desc,  # descriptor of the cache as [rows, LATENT + ROPE], block [min(PAGE_SIZE, 64), 64]
     box_desc,  # descriptor of the cache as [(LATENT + ROPE) / 64, rows, 64], block [tiles of a box, 64, 64], or kv_desc
     kv_ptr,  # what kv_desc describes
-    part_heads_ptr,  # [parts, 16] int32: first item, end, its last page, the page before, 4 unused, a copy of the item
+    table_header_ptr,  # [3] int64: address of the page table, its row stride, _
+    heads_ptr,  # [programs, 16] int32: first item, end, its last two pages, rows, tiles, _, _, that item
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
     lse_ptr,  # [tokens, HEADS] float32, natural log
@@ -123,7 +127,6 @@ def sm90_decode_kernel(
     ROPE: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     BLOCK_Q: gl.constexpr,  # query tokens of a unit
-    ROW_TILES: gl.constexpr,
     QUERY_ROWS: gl.constexpr,
     BOXES: gl.constexpr,  # that half a block of keys is loaded in; 4, of kv_desc, where pages are smaller than blocks
     LONG: gl.constexpr,  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
@@ -131,11 +134,9 @@ def sm90_decode_kernel(
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups
     LOADER_REGISTERS: gl.constexpr,
 ):
-    """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
-    pid = gl.program_id(0)
-    part = pid // ROW_TILES
-    work = Work(items_ptr, part_heads_ptr + part * HEAD_FIELDS, (pid % ROW_TILES) * BLOCK)
-    cache = Cache(kv_desc, box_desc, kv_ptr, page_rows, stride_slot)
+    """Each program runs some rows of one part of the plan; those that share a part are neighbours and share L2."""
+    head_ptr = heads_ptr + gl.program_id(0) * HEAD_FIELDS
+    cache = Cache(kv_desc, box_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
     room = new_room(q_desc.dtype, BOXES)
     results = Results(
         out_ptr, lse_ptr, partial_out_ptr, partial_stats_ptr, status_ptr, tokens, max_rows, stride_out_token,
@@ -144,15 +145,16 @@ def sm90_decode_kernel(
     publish_barriers()
     if DEPENDENT:
         wait_for_previous_kernel()
-    prefetch_line(work.head_ptr)
+    prefetch_line(head_ptr)
+    prefetch_line(table_header_ptr)
     scale = softmax_scale * LOG2_E
     # constants stay constants only in tuples that are not named
     gl.warp_specialize(
         [
-            (left_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
-            (right_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
-            (load_left, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
-            (load_right, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
+            (left_warpgroup, (room, (items_ptr, head_ptr), results, scale, HEADS, ROPE, BLOCK_Q)),
+            (right_warpgroup, (room, (items_ptr, head_ptr), results, scale, HEADS, ROPE, BLOCK_Q)),
+            (load_left, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
+            (load_right, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
         ],
         [4, 1, 1],
         [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],

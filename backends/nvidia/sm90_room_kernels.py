@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from portable_mla.backends.nvidia.sm90_compat import aggregate
-from portable_mla.backends.nvidia.sm90_sync_kernels import new_barrier, new_barriers, read_2_long, read_4
-from portable_mla.metadata.head_kernels import HEAD_ITEM, HEAD_TABLE
+from portable_mla.backends.nvidia.sm90_sync_kernels import new_barrier, new_barriers, opaque, read_4
+from portable_mla.metadata.head_kernels import HEAD_ITEM, HEAD_ROWS, ROWS_FIELD
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
 
 BLOCK = gl.constexpr(64)  # keys of a block, and rows of a program
@@ -86,31 +86,35 @@ class Cache:
     rows: tma.tensor_descriptor
     boxes: tma.tensor_descriptor
     kv_ptr: gl.tensor
+    table_header_ptr: gl.tensor
     page_rows: gl.tensor
     stride_slot: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, rows, boxes, kv_ptr, page_rows, stride_slot):
+    def __init__(self, rows, boxes, kv_ptr, table_header_ptr, page_rows, stride_slot):
         self.rows = rows
         self.boxes = boxes
         self.kv_ptr = kv_ptr
+        self.table_header_ptr = table_header_ptr
         self.page_rows = page_rows
         self.stride_slot = stride_slot
 
 
 @aggregate
-class Work:
-    """The items of this program's part, with the part's head, and its 64-row tile of them."""
+class Part:
+    """This program's share of the work: items from start to stop, and of each of them the rows of `rows_of`."""
 
     items_ptr: gl.tensor
-    head_ptr: gl.tensor
-    first_row: gl.tensor
+    start: gl.tensor
+    stop: gl.tensor
+    rows: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, items_ptr, head_ptr, first_row):
+    def __init__(self, items_ptr, start, stop, rows):
         self.items_ptr = items_ptr
-        self.head_ptr = head_ptr
-        self.first_row = first_row
+        self.start = start
+        self.stop = stop
+        self.rows = rows
 
 
 @aggregate
@@ -210,41 +214,39 @@ def new_room(DTYPE: gl.constexpr, BOXES: gl.constexpr):
 
 
 @gluon.jit
-def first_item(work, HEADS: gl.constexpr):
-    """Numbers of the part's first item and behind its last, and the first."""
-    start, stop, _, _ = read_4(work.head_ptr)
-    item, _ = _read_item(work, work.head_ptr + HEAD_ITEM, HEADS)
-    return start, stop, item
-
-
-@gluon.jit
 def open_part(work, HEADS: gl.constexpr):
-    """The same with the pages that the first item ends with, address and row stride of the page table, and the tiles of
-    a part. All reads are under way before the first is waited for."""
-    start, stop, last_page, page_before = read_4(work.head_ptr)
-    table, stride_table = read_2_long(work.head_ptr + HEAD_TABLE)
-    item, share = _read_item(work, work.head_ptr + HEAD_ITEM, HEADS)
-    table_ptr = table.to(gl.pointer_type(gl.int32), bitcast=True)
-    return start, stop, (last_page, page_before), item, table_ptr, stride_table, share
+    """The program's part, its first item, the pages that this ends with, and the tiles of a part. All reads are under
+    way before the first is waited for. work: the plan's items, the program's head."""
+    items_ptr, head_ptr = work
+    start, stop, last_page, page_before = read_4(head_ptr)
+    rows, share, _, _ = read_4(head_ptr + HEAD_ROWS)
+    part = Part(items_ptr, start, stop, rows)
+    return part, _read_item(part, head_ptr + HEAD_ITEM, HEADS), (last_page, page_before), share
 
 
 @gluon.jit
-def item_at(work, item, start, index, HEADS: gl.constexpr):
+def rows_of(part):
+    """The first row of a program and the end of its rows, made from one register where they are needed."""
+    rows = opaque(part.rows)
+    first_row = rows // ROWS_FIELD
+    return first_row, first_row + rows % ROWS_FIELD
+
+
+@gluon.jit
+def item_at(part, item, index, HEADS: gl.constexpr):
     """The item of a number, given the one before; the part's first is there already."""
-    if index > start:
-        item, _ = _read_item(work, work.items_ptr + index * ITEM_FIELDS, HEADS)
+    if index > part.start:
+        item = _read_item(part, part.items_ptr + index * ITEM_FIELDS, HEADS)
     return item
 
 
 @gluon.jit
-def _read_item(work, item_ptr, HEADS: gl.constexpr):
-    """The item as this row tile sees it: without work where the unit has no such rows, or is faulty; and the field
-    behind it."""
+def _read_item(part, item_ptr, HEADS: gl.constexpr):
+    """The item as this program sees it: without work where the unit has no such rows, or is faulty."""
     request, first_block, last_block, slot = read_4(item_ptr)  # a tile of the plan is a block
-    kv_len, query_start, query_len, behind = read_4(item_ptr + 4)
+    kv_len, query_start, query_len, _ = read_4(item_ptr + 4)
     kv_end = gl.minimum(kv_len, last_block * BLOCK)
-    kv_end = gl.where(work.first_row < query_len * HEADS, kv_end, 0)
+    kv_end = gl.where(part.rows // ROWS_FIELD < query_len * HEADS, kv_end, 0)
     blocks = gl.maximum(kv_end - first_block * BLOCK + BLOCK - 1, 0) // BLOCK
     all_see = gl.minimum(kv_end, kv_len - query_len + 1)
-    item = Item(request, first_block, blocks // 2, blocks % 2, kv_end, kv_len, query_start, query_len, all_see, slot)
-    return item, behind
+    return Item(request, first_block, blocks // 2, blocks % 2, kv_end, kv_len, query_start, query_len, all_see, slot)

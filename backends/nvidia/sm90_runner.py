@@ -13,9 +13,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from portable_mla.backend import DecodeInputs
+from portable_mla.backends.nvidia.sm90_box_kernels import BOX_LAYOUT
 from portable_mla.backends.nvidia.sm90_eviction import rewriting
 from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
-from portable_mla.backends.nvidia.sm90_load_kernels import BOX_LAYOUT
 from portable_mla.backends.nvidia.sm90_portable import PortablePath
 from portable_mla.backends.nvidia.sm90_tile import Sm90Tile, sm90_tile
 from portable_mla.backends.triton.combine import Combine, Partials
@@ -36,8 +36,10 @@ _ROWS_AND_KEYS = Tile(block_h=BLOCK, block_n=BLOCK, num_warps=4, num_stages=1)
 def sm90_plan_shape(request: Request) -> PlanShape:
     """The split plan of the Gluon kernel."""
     shape = plan_shape(request, _ROWS_AND_KEYS)
-    tile = sm90_tile(request.shape.heads * shape.block_q)
-    return replace(shape, heads=True, min_tiles=tile.min_tiles, overhead=tile.overhead, merge_cost=tile.merge_cost)
+    rows = request.shape.heads * shape.block_q
+    shape = replace(shape, row_tiles=row_tiles(rows, _ROWS_AND_KEYS), halves=rows > BLOCK // 2)
+    tile = sm90_tile(rows)
+    return replace(shape, min_tiles=tile.min_tiles, overhead=tile.overhead, merge_cost=tile.merge_cost)
 
 
 class Sm90Runner:
@@ -53,7 +55,7 @@ class Sm90Runner:
         self.plan_shape = sm90_plan_shape(request)
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._tile = tile or sm90_tile(self._rows)
-        self._grid = (self.plan_shape.parts * row_tiles(self._rows, _ROWS_AND_KEYS),)
+        self._grid = (self.plan_shape.parts * self.plan_shape.row_tiles,)
         narrow = request.shape.q_dtype is torch.bfloat16  # float16 keeps more digits than that
         self.partials = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
         constants = self.decode_constants()
@@ -101,7 +103,7 @@ class Sm90Runner:
         q_desc.base, kv_desc.base = self._dense(inputs.q) if layout.copied_q else inputs.q, cache
         box_desc.base = cache
         layout.decode(
-            q_desc, kv_desc, box_desc, cache, plan.part_heads, plan.items, out, lse, *partials,
+            q_desc, kv_desc, box_desc, cache, plan.table_header, plan.heads, plan.items, out, lse, *partials,
             self._metadata.status.words, softmax_scale, *layout.sizes, self._rows, *layout.results,
         )  # fmt: skip
         layout.combine(plan.token_slots, *partials, out, lse, self._shape.heads, self._rows, *layout.results)
@@ -135,8 +137,7 @@ class Sm90Runner:
         shape, tile = self._shape, self._tile
         return {
             "HEADS": shape.heads, "ROPE": shape.rope_dim, "PAGE_SIZE": shape.page_size,
-            "BLOCK_Q": self.plan_shape.block_q, "ROW_TILES": row_tiles(self._rows, _ROWS_AND_KEYS),
-            "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK),
+            "BLOCK_Q": self.plan_shape.block_q, "QUERY_ROWS": min(max(triton.next_power_of_2(self._rows), 8), BLOCK),
             "BOXES": tile.boxes if shape.page_size >= BLOCK else TILES,
             "DEPENDENT": tile.early,
             "LONG": tile.long if shape.page_size >= BLOCK else 0,  # loaders of small pages would spill

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, rows_of
 from portable_mla.backends.nvidia.sm90_sync_kernels import multiply_unless_one, opaque, reinterpret, synchronize
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -38,12 +38,13 @@ def zero_tail(half, full, phase, valid):
 
 
 @gluon.jit
-def mask(scores, position, item, first_row, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
+def mask(scores, position, item, part, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
     """-inf where a row's query token does not see the key."""
     key = position + gl.arange(0, BLOCK, SCORES_KEY)
     if BLOCK_Q == 1:
         end = item.kv_end + gl.zeros([BLOCK], gl.int32, SCORES_ROW)
     else:
+        first_row, _ = rows_of(part)
         token = (first_row + gl.arange(0, BLOCK, SCORES_ROW)) // HEADS
         end = gl.minimum(item.kv_len - item.query_len + 1 + token, item.kv_end)
     return gl.where(key[None, :] < end[:, None], scores, gl.full_like(scores, float("-inf")))

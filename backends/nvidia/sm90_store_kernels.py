@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, rows_of
 from portable_mla.backends.nvidia.sm90_score_kernels import ACC, ACC_ROW, SCORES_ROW
 from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser
 from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque, pack_pairs
@@ -111,10 +111,10 @@ def _store_pairs(bits, base_ptr, row_start, row, rows, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _store_wide(acc, norm, rows, query_start, slot, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+def _store_wide(acc, norm, rows, query_start, slot, first_row, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
     """The result of a unit that was not cut, or a partial one in float32."""
     acc = acc * norm[:, None]
-    first_row = opaque(work.first_row)
+    first_row = opaque(first_row)
     if slot < 0:
         left, right = _pairs(acc)
         bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
@@ -147,7 +147,9 @@ def _store_in_place(bits, first_row, rows, slot, results, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+def _store_narrow(
+    acc, norm, peak, rows, query_start, slot, first_row, results, FIRST: gl.constexpr, HEADS: gl.constexpr
+):
     """The same where a partial one is float16, in units of each row's peak, which loses 2**-12 of what bfloat16 does.
     Both are scaled by the same code, for less of it to fetch."""
     whole = slot < 0
@@ -155,36 +157,37 @@ def _store_narrow(acc, norm, peak, rows, query_start, slot, work, results, FIRST
     left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
     bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty) if whole else pack_pairs(left, right, gl.float16)
     if whole:
-        row = opaque(work.first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
+        row = opaque(first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
         _store_pairs(bits, results.out_ptr, _whole_rows(row, query_start, results, HEADS), row, rows, FIRST)
     else:
-        _store_in_place(bits, opaque(work.first_row), rows, slot, results, FIRST)
+        _store_in_place(bits, opaque(first_row), rows, slot, results, FIRST)
     if FIRST == 0:
-        peak_row = work.first_row + gl.arange(0, BLOCK, ACC_ROW)
+        peak_row = first_row + gl.arange(0, BLOCK, ACC_ROW)
         peak_ptr = results.partial_stats_ptr + NARROW_STATS * (slot.to(gl.int64) * results.max_rows + peak_row) + 2
         gl.store(peak_ptr, peak, mask=(peak_row < rows) & (slot >= 0))
 
 
 @gluon.jit
 def store_item(
-    acc, level, row_sum, gain, scale, peak, work, item, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
+    acc, level, row_sum, gain, scale, peak, part, item, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
     HEADS: gl.constexpr,
 ):  # fmt: skip
     """Normalises and writes columns FIRST..FIRST + 255; the left warpgroup also writes what the rows summed to.
 
     Rows that q does not have arrived as zeros and are not written; the left warpgroup reports their request.
     """
+    first_row, end_row = rows_of(part)
     query_start = item.query_start
     query_end = query_start + item.query_len
-    rows = (gl.minimum(query_end, results.tokens) - query_start) * HEADS
+    rows = gl.minimum((gl.minimum(query_end, results.tokens) - query_start) * HEADS, end_row)
     log2_level = multiply(level, scale)
     norm = gl.convert_layout(normaliser(level, row_sum, gain, scale, DTYPE), ACC_ROW)
     if results.partial_out_ptr.dtype.element_ty == gl.float32:
-        _store_wide(acc, norm, rows, query_start, item.slot, work, results, FIRST, HEADS)
+        _store_wide(acc, norm, rows, query_start, item.slot, first_row, results, FIRST, HEADS)
     else:
-        _store_narrow(acc, norm, peak, rows, query_start, item.slot, work, results, FIRST, HEADS)
+        _store_narrow(acc, norm, peak, rows, query_start, item.slot, first_row, results, FIRST, HEADS)
     if FIRST == 0:
-        row = work.first_row + gl.arange(0, BLOCK, SCORES_ROW)
+        row = first_row + gl.arange(0, BLOCK, SCORES_ROW)
         _store_stats(log2_level, row_sum, row, row < rows, item.slot, query_start, results, HEADS)
         if query_end > results.tokens:
             _report_missing(results, item.request, query_end)

@@ -89,25 +89,13 @@ def prefetch_line(pointer, _semantic=None):
     )  # fmt: skip
 
 
-def _read(kind, dtype, count, pointer, _semantic):
-    results = ", ".join(f"${i}" for i in range(count))
-    constraints = ",".join(["=l" if kind == "b64" else "=r"] * count + ["l"])
-    return core.inline_asm_elementwise(
-        f"ld.relaxed.gpu.global.v{count}.{kind} {{{results}}}, [${count}];", constraints, [pointer],
-        dtype=[dtype] * count, is_pure=False, pack=1, _semantic=_semantic,
-    )  # fmt: skip
-
-
 @core.extern
 def read_4(pointer, _semantic=None):
     """Four int32 of 16 bytes, read where this is written: the compiler would put it off until a value is needed."""
-    return _read("b32", core.int32, 4, pointer, _semantic)
-
-
-@core.extern
-def read_2_long(pointer, _semantic=None):
-    """Two int64 of 16 bytes, read likewise."""
-    return _read("b64", core.int64, 2, pointer, _semantic)
+    return core.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [pointer], dtype=[core.int32] * 4,
+        is_pure=False, pack=1, _semantic=_semantic,
+    )  # fmt: skip
 
 
 @core.extern

@@ -7,8 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from portable_mla.backends.nvidia.sm90_room_kernels import (
     BLOCK,
     HALF,
-    first_item,
     item_at,
+    open_part,
 )
 from portable_mla.backends.nvidia.sm90_score_kernels import (
     ACC,
@@ -118,9 +118,9 @@ def left_warpgroup(
     """
     phase = 0
     query_phase = 0
-    start, stop, item = first_item(work, HEADS)
-    for index in range(start, stop):
-        item = item_at(work, item, start, index, HEADS)
+    part, item, _pages, _share = open_part(work, HEADS)
+    for index in range(part.start, part.stop):
+        item = item_at(part, item, index, HEADS)
         level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
@@ -133,7 +133,7 @@ def left_warpgroup(
                 if item.pairs == 0:
                     arrive(FREE_QUERY, QUERY_THREADS)
                 if position + BLOCK > item.all_see:
-                    scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+                    scores = mask(scores, position, item, part, HEADS, BLOCK_Q)
                     if position + BLOCK > item.kv_end:
                         zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
                 acc, level, largest, row_sum = _lone_left(room, scores, acc, level, largest, scale)
@@ -143,8 +143,8 @@ def left_warpgroup(
                 position -= 2 * BLOCK
                 scores = _score_even(room, q_rope, phase, ROPE)
                 if position + 2 * BLOCK > item.all_see:
-                    scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
-                for _ in range(item.pairs - 1):
+                    scores = mask(scores, position, item, part, HEADS, BLOCK_Q)
+                for _pair in range(item.pairs - 1):
                     acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                     phase ^= 1
                     position -= 2 * BLOCK
@@ -159,7 +159,7 @@ def left_warpgroup(
                     scores = score_rope(q_rope, room.even, phase, scores, ROPE)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
-                        scores = mask(scores, position, item, work.first_row, HEADS, BLOCK_Q)
+                        scores = mask(scores, position, item, part, HEADS, BLOCK_Q)
                 arrive(FREE_QUERY, QUERY_THREADS)
                 acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                 phase ^= 1
@@ -175,12 +175,12 @@ def left_warpgroup(
             row_sum += room.sum1.load(SCORES_ROW)
             gain += room.gain1.load(SCORES_ROW)
             peak = hear_peak(peak, item.slot, room.peak1, results)
-            store_item(acc, level, row_sum, gain, scale, peak, work, item, results, room.weights0.dtype, 0, HEADS)
+            store_item(acc, level, row_sum, gain, scale, peak, part, item, results, room.weights0.dtype, 0, HEADS)
 
 
 @gluon.jit
 def _fold_right(
-    room, q_rope, item, first_row, position, last, acc, level, largest, row_sum, scale, phase,
+    room, q_rope, item, part, position, last, acc, level, largest, row_sum, scale, phase,
     HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of the odd block, both blocks' share of columns 256..511.
@@ -202,7 +202,7 @@ def _fold_right(
     if last:
         arrive(FREE_QUERY, QUERY_THREADS)
     if position + 2 * BLOCK > item.all_see:
-        scores = mask(scores, position + BLOCK, item, first_row, HEADS, BLOCK_Q)
+        scores = mask(scores, position + BLOCK, item, part, HEADS, BLOCK_Q)
     acc = rescale(acc, growth(level, even_level, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     block_largest = gl.max(scores, 1)
@@ -246,9 +246,9 @@ def right_warpgroup(
     phase = 0
     even_phase = 0
     query_phase = 0
-    start, stop, item = first_item(work, HEADS)
-    for index in range(start, stop):
-        item = item_at(work, item, start, index, HEADS)
+    part, item, _pages, _share = open_part(work, HEADS)
+    for index in range(part.start, part.stop):
+        item = item_at(part, item, index, HEADS)
         level = gl.full([BLOCK], START_MAX, gl.float32, SCORES_ROW)
         largest = level  # score of this warpgroup's blocks
         row_sum = gl.zeros([BLOCK], gl.float32, SCORES_ROW)
@@ -272,7 +272,7 @@ def right_warpgroup(
                     position -= 2 * BLOCK
                     last = step == item.pairs - 1
                     acc, level, largest, row_sum = _fold_right(
-                        room, q_rope, item, work.first_row, position, last, acc, level, largest, row_sum, scale,
+                        room, q_rope, item, part, position, last, acc, level, largest, row_sum, scale,
                         phase, HEADS, ROPE, BLOCK_Q,
                     )  # fmt: skip
                     phase ^= 1
@@ -287,4 +287,4 @@ def right_warpgroup(
             row_sum += room.sum0.load(SCORES_ROW)
             gain += room.gain0.load(SCORES_ROW)
             peak = hear_peak(peak, item.slot, room.peak0, results)
-            store_item(acc, level, row_sum, gain, scale, peak, work, item, results, room.weights0.dtype, HALF, HEADS)
+            store_item(acc, level, row_sum, gain, scale, peak, part, item, results, room.weights0.dtype, HALF, HEADS)

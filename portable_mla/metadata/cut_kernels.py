@@ -68,7 +68,7 @@ def share_of_a_part(
     QUERY_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, FIXED_TILES: tl.constexpr, MAX_PIECES: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Cost of one part, and what starting a unit costs."""
+    """Cost of one part, what starting a unit costs, and the parts that are used, at most."""
     tiles_sum = 0
     starts = 0
     longest = 0
@@ -78,9 +78,10 @@ def share_of_a_part(
         starts += tl.sum(unit_cost(tiles, 1, FIXED_TILES, MAX_PIECES) - tiles, 0)
         longest = tl.maximum(longest, tl.max(tiles, 0))
     if FIXED_TILES > 0:
-        return tl.maximum((tiles_sum + starts * OVERHEAD + parts - 1) // parts, 1), OVERHEAD
+        return tl.maximum((tiles_sum + starts * OVERHEAD + parts - 1) // parts, 1), OVERHEAD, parts
     else:
-        return _balanced_share(tiles_sum, starts, longest, parts, min_tiles, OVERHEAD, MERGE_COST)
+        share, overhead = _balanced_share(tiles_sum, starts, longest, parts, min_tiles, OVERHEAD, MERGE_COST)
+        return share, overhead, (tiles_sum + starts * overhead + share - 1) // share
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from portable_mla.metadata.cut_kernels import (
     share_of_a_part,
     unit_cost,
 )
-from portable_mla.metadata.head_kernels import HEAD_FIELDS, open_part, write_head, write_item
+from portable_mla.metadata.head_kernels import open_part, programs_of_a_part, write_heads, write_item
 from portable_mla.metadata.page_kernels import check_pages, load_cells
 from portable_mla.metadata.status_kernels import KV_LEN, PAGE_ID, QUERY_LEN, QUERY_TOKENS, report_fault
 
@@ -30,10 +30,10 @@ def _maximum(a, b):
 
 @triton.jit
 def _write_items(
-    items_ptr, part_indptr_ptr, part_heads_ptr, table, row_ptr, columns, request, start, tiles, first, pieces,
-    item_start, slot_start, previous_last, cuts, faulty, seen, query_start, tokens,
-    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, FIXED_TILES: tl.constexpr,
-    MAX_PIECES: tl.constexpr,
+    items_ptr, part_indptr_ptr, heads_ptr, row_ptr, columns, request, start, tiles, first, pieces, item_start,
+    slot_start, previous_last, cuts, programs, faulty, seen, query_start, tokens,
+    ROW_TILES: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    FIXED_TILES: tl.constexpr, MAX_PIECES: tl.constexpr,
 ):  # fmt: skip
     """Items of each unit, and where each part begins: the first item of a part also opens the empty parts before it."""
     share, overhead, parts = cuts
@@ -58,19 +58,20 @@ def _write_items(
         index = item_start[:, None] + piece
         tile_hi = tl.where(faulty[:, None], tile_lo, tile_hi)
         item = (request[:, None], tile_lo, tile_hi, slot, seen[:, None], query_start[:, None], tokens[:, None])
-        write_item(items_ptr + index * ITEM_FIELDS, item, 0, mask)
-        if part_heads_ptr is not None:
-            head_ptr = part_heads_ptr + part * HEAD_FIELDS
+        write_item(items_ptr + index * ITEM_FIELDS, item, mask)
+        if heads_ptr is not None:
             opens = mask & (part > before)
-            write_head(head_ptr, item, table, row_ptr, columns[:, None], share, opens, PAGE_SIZE, BLOCK_N)
+            write_heads(
+                heads_ptr, part, item, row_ptr, columns[:, None], share, opens, programs, ROW_TILES, PAGE_SIZE, BLOCK_N
+            )
         if FIXED_TILES > 0:
             opened = tl.where(mask, part - before, 0)
             for empty in range(tl.max(tl.max(opened, 1), 0)):
                 tl.store(part_indptr_ptr + before + 1 + empty, index, mask=empty < opened)
-                open_part(part_heads_ptr, before + 1 + empty, index, empty < opened, parts)
+                open_part(heads_ptr, before + 1 + empty, index, empty < opened, programs)
         else:  # a share is longer than what starting a unit costs, so that no part between two units is empty
             tl.store(part_indptr_ptr + part, index, mask=mask & (part > before))
-            open_part(part_heads_ptr, part, index, mask & (part > before), parts)
+            open_part(heads_ptr, part, index, mask & (part > before), programs)
 
 
 @triton.jit
@@ -98,7 +99,16 @@ def _write_tokens(
 
 @triton.jit
 def _write_tails(
-    token_slots_ptr, part_indptr_ptr, part_heads_ptr, padding, max_tokens, first_part, parts, items, SCAN: tl.constexpr
+    token_slots_ptr,
+    part_indptr_ptr,
+    heads_ptr,
+    padding,
+    max_tokens,
+    first_part,
+    parts,
+    items,
+    programs,
+    SCAN: tl.constexpr,
 ):
     """Padding tokens have no slots and position 0; the parts behind the last used one are empty."""
     for base in range(padding, max_tokens, SCAN):
@@ -109,7 +119,7 @@ def _write_tails(
     for base in range(first_part, parts + 1, SCAN):
         part = base + tl.arange(0, SCAN)
         tl.store(part_indptr_ptr + part, items, mask=part <= parts)
-        open_part(part_heads_ptr, part, items, part <= parts, parts)
+        open_part(heads_ptr, part, items, part <= parts, programs)
 
 
 @triton.jit
@@ -148,7 +158,7 @@ def plan_splits_kernel(
     table_ptr,  # [batch, width] int32
     table_header_ptr,  # [3] int64: address and row stride of the table, tiles of a part
     part_indptr_ptr,  # [parts + 1] int32
-    part_heads_ptr,  # [parts, 16] int32, or None
+    heads_ptr,  # [parts * ROW_TILES, 16] int32, or None
     items_ptr,  # [max_items, 8] int32
     token_slots_ptr,  # [max_tokens, 4] int32
     summary_ptr,  # [4] int32: longest query_len, query tokens, items, slots
@@ -177,6 +187,8 @@ def plan_splits_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SCAN: tl.constexpr,
+    ROW_TILES: tl.constexpr,  # programs that share a part, each of which has a head
+    HALVES: tl.constexpr,  # twice as many where half the parts are idle
 ):
     """Lays the units on a line of cost, tiles + overhead each, and gives part p the stretch [p, p + 1) * share.
 
@@ -191,10 +203,11 @@ def plan_splits_kernel(
     columns = tl.where(tiles > 0, (seen + PAGE_SIZE - 1) // PAGE_SIZE, 0)
     cells = load_cells(row_ptr, columns, 0, BLOCK_C)
 
-    share, overhead = share_of_a_part(
+    share, overhead, used = share_of_a_part(
         lens, parts, min_tiles, OVERHEAD, MERGE_COST, BLOCK_Q, QUERY_BLOCKS, BLOCK_N, FIXED_TILES, MAX_PIECES, SCAN
     )
     cuts = (share, overhead, parts)
+    programs = programs_of_a_part(used, parts, ROW_TILES, HALVES)
     cost, items, slots, tokens_before, last_part = carry_before(
         lens, own, cuts, MIN_PIECE, BLOCK_Q, QUERY_BLOCKS, BLOCK_N, FIXED_TILES, MAX_PIECES, SCAN
     )
@@ -215,9 +228,9 @@ def plan_splits_kernel(
     bad_page, strange = check_pages(row_ptr, columns, cells, max_pages, BLOCK_C)
     faulty = bad_page | (right == 0)
     _write_items(
-        items_ptr, part_indptr_ptr, part_heads_ptr, (table_ptr, stride_table), row_ptr, columns, request, start, tiles,
-        first, pieces, item_start, slot_start, previous_last, cuts, faulty, seen, query_start, tokens, PAGE_SIZE,
-        BLOCK_N, BLOCK_P, FIXED_TILES, MAX_PIECES,
+        items_ptr, part_indptr_ptr, heads_ptr, row_ptr, columns, request, start, tiles, first, pieces, item_start,
+        slot_start, previous_last, cuts, programs, faulty, seen, query_start, tokens, ROW_TILES, PAGE_SIZE, BLOCK_N,
+        BLOCK_P, FIXED_TILES, MAX_PIECES,
     )  # fmt: skip
     _write_tokens(
         token_slots_ptr,
@@ -239,8 +252,8 @@ def plan_splits_kernel(
         all_items = items + tl.sum(pieces, 0)
         all_tokens = tokens_before + tl.sum(tokens, 0)
         _write_tails(
-            token_slots_ptr, part_indptr_ptr, part_heads_ptr, all_tokens, max_tokens, last_part + 1, parts, all_items,
-            SCAN,
+            token_slots_ptr, part_indptr_ptr, heads_ptr, all_tokens, max_tokens, last_part + 1, parts, all_items,
+            programs, SCAN,
         )  # fmt: skip
         tl.store(summary_ptr + 1, all_tokens)
         tl.store(summary_ptr + 2, all_items)

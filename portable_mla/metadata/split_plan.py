@@ -37,8 +37,9 @@ class PlanShape:
 
     parts: programs along the KV; block_n: tokens of a tile; min_tiles: of a part; block_q: query tokens of a unit;
     fixed: each unit is cut by its own length alone, so that its result has the same bits in any batch; overhead: what
-    starting a unit costs, in tiles; merge_cost: what merging a piece of a unit costs, in 256ths of a tile; heads:
-    whether the plan has part_heads.
+    starting a unit costs, in tiles; merge_cost: what merging a piece of a unit costs, in 256ths of a tile; row_tiles:
+    programs that share a part's rows and begin with a head each, 0 where none do; halves: whether twice as many share
+    them where half the parts are idle.
     """
 
     parts: int
@@ -52,7 +53,8 @@ class PlanShape:
     fixed: bool = False
     overhead: int = OVERHEAD_TILES
     merge_cost: int = 0
-    heads: bool = False
+    row_tiles: int = 0
+    halves: bool = False
 
     @property
     def query_blocks(self) -> int:
@@ -100,7 +102,7 @@ class SplitPlan:
     A part is a run of items; an item is a run of KV tiles of one unit. `slot` is where its partial result goes, or -1
     when the item is the whole unit. `token_slots` tells the combine which slots to merge for each query token.
     `table_header` says where the step's page table is, so that a captured graph follows any table, and how long parts
-    are. `part_heads` is there for kernels that begin with it.
+    are. `heads` are there for kernels whose programs begin with them.
     """
 
     shape: PlanShape
@@ -109,7 +111,8 @@ class SplitPlan:
     items: Tensor  # [max_items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     token_slots: Tensor  # [max_tokens, 4] int32: slot_lo, slot_hi or -1 (final) or -2 (faulty), index in unit, position
     summary: Tensor  # [4] int32: longest query_len, query tokens, items, slots
-    part_heads: Tensor | None = None  # [parts, 16] int32: first item, end, that item's last two pages, a copy of it
+    # [parts * row_tiles, 16] int32: first item, end, its last two pages, rows, tiles of a part, 0, 0, that item
+    heads: Tensor | None = None
 
     @classmethod
     def allocate(cls, shape: PlanShape, device: torch.device) -> SplitPlan:
@@ -125,14 +128,14 @@ class SplitPlan:
             ints(shape.max_items, ITEM_FIELDS.value),
             ints(shape.max_tokens, TOKEN_FIELDS.value),
             ints(4),
-            ints(shape.parts, HEAD_FIELDS.value) if shape.heads else None,
+            ints(shape.parts * shape.row_tiles, HEAD_FIELDS.value) if shape.row_tiles else None,
         )
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Every tensor of the plan."""
         own = self.table_header, self.part_indptr, self.items, self.token_slots, self.summary
-        return own if self.part_heads is None else (*own, self.part_heads)
+        return own if self.heads is None else (*own, self.heads)
 
     @property
     def positions(self) -> Tensor:
@@ -150,7 +153,7 @@ class SplitPlan:
         key = (table.device.index, dtype, alignment(kv_lens, query_lens, positions, table))
         _launch(shape, page_size)(
             key, (programs,),
-            kv_lens, query_lens, positions, table, self.table_header, self.part_indptr, self.part_heads, self.items,
+            kv_lens, query_lens, positions, table, self.table_header, self.part_indptr, self.heads, self.items,
             self.token_slots, self.summary, status.words,
             requests, 0 if positions is None else positions.shape[0], shape.parts, shape.max_tokens, shape.min_tiles,
             min(table.shape[1] * page_size, shape.max_context), batch.max_query_len,
@@ -175,6 +178,7 @@ def plan_constants(shape: PlanShape, page_size: int) -> dict[str, int]:
         "PAGE_SIZE": page_size, "BLOCK_N": shape.block_n, "OVERHEAD": shape.overhead, "MIN_PIECE": MIN_PIECE_TILES,
         "MERGE_COST": shape.merge_cost,
         "FIXED_TILES": shape.fixed_tiles, "MAX_PIECES": FIXED_PIECES, "BLOCK_U": shape.units_per_program,
-        "BLOCK_P": PIECES_PER_STEP, "BLOCK_C": CELLS_PER_STEP, "SCAN": scan,
+        "BLOCK_P": PIECES_PER_STEP, "BLOCK_C": CELLS_PER_STEP, "SCAN": scan, "ROW_TILES": shape.row_tiles,
+        "HALVES": shape.halves,
         "num_warps": 1 if scan <= ONE_WARP_UNITS else 4,
     }  # fmt: skip

@@ -34,13 +34,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan in lists. tokens: slot_lo, slot_hi, index in the unit, position; share: tiles of a part."""
+    """A plan in lists. tokens: slot_lo, slot_hi, index in the unit, position; share: tiles of a part; programs: that
+    share a part."""
 
     part_indptr: list[int]
     items: list[tuple[int, ...]]
     tokens: list[tuple[int, int, int, int]]
     summary: tuple[int, int, int, int]
     share: int
+    programs: int
 
 
 def plan_splits_reference(
@@ -58,7 +60,8 @@ def plan_splits_reference(
         for request, start in enumerate(_starts(query_lens))
         for unit in _units(request, kv_lens[request], start, query_lens[request], shape, max_query_len, bad[request])
     ]
-    pieces, share = _fixed(units, shape) if shape.fixed else _balanced(units, shape)
+    pieces, share, used = _fixed(units, shape) if shape.fixed else _balanced(units, shape)
+    programs = shape.row_tiles * (2 if shape.halves and used * 2 <= shape.parts else 1)
     tokens = [(0, 0, 0, 0)] * shape.max_tokens
     items: list[tuple[tuple[int, ...], int]] = []
     slot = 0
@@ -77,7 +80,7 @@ def plan_splits_reference(
                 tokens[unit.query_start + index] = (low, high, index, position)
     part_indptr = [bisect.bisect_left(items, part, key=lambda item: item[1]) for part in range(shape.parts + 1)]
     summary = (max([0, *query_lens]), sum(max(n, 0) for n in query_lens), len(items), slot)
-    return Plan(part_indptr, [item for item, _ in items], tokens, summary, share)
+    return Plan(part_indptr, [item for item, _ in items], tokens, summary, share, programs)
 
 
 def _starts(query_lens: Sequence[int]) -> list[int]:
@@ -97,8 +100,8 @@ def _units(
         yield Unit(request, seen, start + before, tokens, tiles, (faulty and tiles > 0) or not right)
 
 
-def _balanced(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], int]:
-    """Cuts at the borders of equal shares of the cost line; the share."""
+def _balanced(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], int, int]:
+    """Cuts at the borders of equal shares of the cost line; the share; the parts that it takes."""
     tiles = [unit.tiles for unit in units]
     share, overhead = _share(tiles, shape)
     start, found = 0, []
@@ -114,7 +117,7 @@ def _balanced(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], i
                 own.append(Piece(part, low, high))
             start += count + overhead
         found.append(own)
-    return found, share
+    return found, share, -(-start // share)
 
 
 def _share(tiles: list[int], shape: PlanShape) -> tuple[int, int]:
@@ -131,7 +134,7 @@ def _share(tiles: list[int], shape: PlanShape) -> tuple[int, int]:
     return (even if lengths and same and even * 16 <= share * 17 else share), overhead
 
 
-def _fixed(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], int]:
+def _fixed(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], int, int]:
     """Cuts that depend on the unit alone; a piece belongs to the part in whose share it starts."""
     steps = [max(shape.fixed_tiles, -(-unit.tiles // shape.max_pieces)) for unit in units]
     counts = [-(-unit.tiles // step) for unit, step in zip(units, steps, strict=True)]
@@ -146,4 +149,4 @@ def _fixed(units: list[Unit], shape: PlanShape) -> tuple[list[list[Piece]], int]
             ]
         )
         start += unit.tiles + count * shape.overhead
-    return found, share
+    return found, share, shape.parts

@@ -87,7 +87,8 @@ def plan_cases(draw: st.DrawFn, parts: int, longest_batch: int, *, fixed: bool =
         fixed=fixed,
         overhead=draw(st.sampled_from([0, 1, 4])),
         merge_cost=draw(st.sampled_from([0, 15, 256])),
-        heads=draw(st.booleans()),
+        row_tiles=draw(st.integers(0, 3)),
+        halves=draw(st.booleans()),
     )
     faulty = [bad and kv_len > 0 for kv_len, _, bad in batch]
     return PlanCase([kv_len for kv_len, _, _ in batch], query_lens, shape, max_query_len, faulty)
@@ -113,24 +114,39 @@ def assert_planned_as_defined(case: PlanCase) -> None:
     assert [tuple(token) for token in plan.token_slots.tolist()] == defined.tokens
     assert tuple(plan.summary.tolist()) == defined.summary
     assert int(plan.table_header[2]) == defined.share
-    assert (plan.part_heads is not None) == case.shape.heads
-    if plan.part_heads is not None:
-        assert_heads_as_defined(case, plan.part_heads, defined, int(plan.table_header[0]))
+    assert (plan.heads is not None) == (case.shape.row_tiles > 0)
+    if plan.heads is not None:
+        assert_heads_as_defined(case, plan.heads, defined)
 
 
-def assert_heads_as_defined(case: PlanCase, heads: torch.Tensor, defined: Plan, address: int) -> None:
-    """Each part's bounds, its first item and the last two pages of that, the stride of the table and the share."""
-    table = case.batch().block_table
-    for (start, stop), head in zip(itertools.pairwise(defined.part_indptr), heads, strict=True):
+def assert_heads_as_defined(case: PlanCase, heads: torch.Tensor, defined: Plan) -> None:
+    """Each program's bounds, its rows, the part's first item and the last two pages of that."""
+    table, programs = case.batch().block_table, defined.programs
+    for program, head in enumerate(heads):
+        part = program // programs
+        start, stop = defined.part_indptr[part : part + 2]
         assert head[:2].tolist() == [start, stop]
         if start == stop:
             continue
-        assert head[8:16].tolist() == [*defined.items[start][:-1], defined.share]
+        rows = 64 * case.shape.row_tiles // programs
+        assert head[4:8].tolist() == [program % programs * rows * 128 + rows, defined.share, 0, 0]
+        assert head[8:16].tolist() == list(defined.items[start])
         request, low, high, _, kv_len, *_ = defined.items[start]
         pages = -(-min(kv_len, high * case.shape.block_n) // PAGE_SIZE) if low < high else 0
         columns = (pages - 1, pages - 2)
         assert head[2:4].tolist() == [int(table[request, column]) if column >= 0 else 0 for column in columns]
-        assert head[4:8].view(torch.int64).tolist() == [address, table.stride(0)]
+    assert (len(defined.items) == 0) or defined.part_indptr[len(heads) // programs] == len(defined.items)
+
+
+@pytest.mark.parametrize("parts", [2, 5, 66, 132])
+def test_parts_have_twice_the_programs_where_half_of_them_are_idle(parts: int) -> None:
+    found = {}
+    for used in range(1, parts + 1):
+        shape = PlanShape(parts, 1, 1, 1, 20_000, block_q=1, block_n=64, min_tiles=1, row_tiles=2, halves=True)
+        case = PlanCase([64 * used], [1], shape, 1, [False])
+        assert_planned_as_defined(case)
+        found[used] = case.defined().programs
+    assert found == {used: 4 if used * 2 <= parts else 2 for used in found}
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
@@ -149,7 +165,7 @@ def test_the_kernel_writes_the_plan_that_is_defined(parts: int, fixed: bool) -> 
 def test_the_kernel_plans_batches_of_more_than_one_program_and_scan(batch: int, fixed: bool) -> None:
     kv_lens = [(request * 37) % 900 for request in range(batch)]
     query_lens = [request % 3 for request in range(batch)]
-    shape = PlanShape(132, batch, sum(query_lens), 2, 1024, 1, block_n=64, min_tiles=2, fixed=fixed, heads=True)
+    shape = PlanShape(132, batch, sum(query_lens), 2, 1024, 1, block_n=64, min_tiles=2, fixed=fixed, row_tiles=2)
     assert_planned_as_defined(PlanCase(kv_lens, query_lens, shape, 2, [False] * batch))
 
 
