@@ -121,6 +121,6 @@ def load_query_right(q_desc, q_row, room, ROWS: gl.constexpr):
 
 @gluon.jit
 def load_query_rope(q_desc, q_row, room, ROWS: gl.constexpr):
-    """The rest, ahead of the first keys: behind those of all programs it came last, and no score is complete without it. Later
-    items wait for the weights that are in its place."""
+    """The rest, ahead of the first keys: behind those of all programs it came last, and no score is complete without.
+    Later items wait for the weights that are in its place."""
     _load_query(q_desc, q_row, room.weights1.index(0), room.query_rope_full, LATENT, BLOCK, ROWS)

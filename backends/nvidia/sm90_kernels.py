@@ -68,11 +68,11 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
 - A part's last partial result by way of Q's room and TMA, 225 instructions instead of 450: predicted 1.2 at
   (1, 128, 1024), 10.4 -> 10.6, (1, 16, 8192) 12.4 -> 13.1. The first keys asked for ahead of Q: 10.4 -> 10.6, 12.4 ->
   12.3. Descriptors prefetched while the kernel before ends: 10.9 -> 10.9. Dropped.
-- Programs of 32 rows, two for each of 64, where half the parts would be idle (head_kernels.py): an SM takes in 64 bytes a
-  clock and gives out 32, so the stores of 64 rows are 1.2 of (1, 128, 1024). Predicted 0.7: 9.8 -> 9.1, (1, 128, 8192)
-  15.3 -> 14.7, (1, 64, 8192) 13.9 -> 13.4. Programs of 16 rows: 10.9, 19.7, 14.0, since Q and keys come four times.
-  Boxes of 32 rows for their Q: (1, 128, 1024) 8.9, but two such boxes in place of one elsewhere: (8, 64, 8192) 37.9 ->
-  39.2; the page table's header asked for with the head, not behind the first loads: 9.4, 39.0. Dropped.
+- Programs of 32 rows, two for each of 64, where half the parts would be idle (head_kernels.py): an SM takes in 64 bytes
+  a clock and gives out 32, so that stores of 64 rows are 1.2 of (1, 128, 1024). Predicted 0.7: 9.8 -> 9.1, (1, 128,
+  8192) 15.3 -> 14.7, (1, 64, 8192) 13.9 -> 13.4. Programs of 16 rows: 10.9, 19.7 and 14.0, since Q and keys come four
+  times. Boxes of 32 rows for their Q: (1, 128, 1024) 8.9, but two of them in place of one elsewhere, (8, 64, 8192) 37.9
+  -> 39.2; the page table's header asked for with the head and not behind the first loads: 9.4 and 39.0. Dropped.
 - A rehearsal of the stores while the first loads are under way, so that their code is in the instruction cache at the
   end: predicted 1 at (1, 128, 1024), 11.0 -> 13.2, for it takes longer than the loads. Dropped.
 
