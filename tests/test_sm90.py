@@ -177,7 +177,7 @@ def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytes
     assert (given["stride_slot"], given["stride_out_token"], given["stride_lse_token"]) == (576, 20 * 512, 20)
     assert (given["q_desc"].shape, given["q_desc"].block_shape) == ([120, 576], [64, 64])
     assert given["kv_desc"].shape == [problem.kv_cache.shape[0] * 64, 576]
-    assert given["status_ptr"].dtype == torch.int64
+    assert given["status_ptr"].dtype == given["table_header_ptr"].dtype == torch.int64
     assert runner.memory() == memory
     wide = torch.zeros(6, 22, 576, dtype=problem.q.dtype)
     wide[:, 1:-1] = problem.q
@@ -210,7 +210,8 @@ def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(monk
             assert decode["q_desc"].base is q and decode["kv_desc"].base is decode["kv_ptr"] is cache
             assert decode["box_desc"].base is cache and decode["box_desc"].block_shape == [2, 64, 64]
             assert decode["heads_ptr"] is plan.heads is not None
-            assert decode["items_ptr"] is plan.items and combine["token_slots_ptr"] is plan.token_slots
+            assert decode["table_header_ptr"] is plan.table_header and decode["items_ptr"] is plan.items
+            assert combine["token_slots_ptr"] is plan.token_slots
             for given in (decode, combine):
                 assert given["out_ptr"] is out and given["lse_ptr"] is lse
                 assert given.get("softmax_scale", 0.1 * call) == 0.1 * call

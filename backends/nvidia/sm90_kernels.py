@@ -63,8 +63,8 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   8192) 12.2 -> 11.8, Azure, 32 and 128 requests of 16 heads 24.2 -> 23.5, 76.2 -> 75.4. Kept.
 - Float16 partial results where the accumulator has them, pairs of 32 columns transposed, which the combine undoes: 16
   stores of 16 bytes a thread and no exchange. Predicted 0.8 at (1, 128, 1024), 10.4 -> 10.1; Azure, 32 and 128 requests
-  of 16 heads 24.5 -> 23.9, 76.4 -> 75.7. Eight rows interleaved, for whole lines: level, dropped: 64 KB leave an SM at
-  32 bytes a clock, whatever their order.
+  of 16 heads 24.5 -> 23.9, 76.4 -> 75.7. Whole results keep their way, so that there are two again.
+  Eight rows interleaved, for whole lines: level, dropped: 64 KB leave an SM at 32 bytes a clock, whatever their order.
 - A part's last partial result by way of Q's room and TMA, 225 instructions instead of 450: predicted 1.2 at
   (1, 128, 1024), 10.4 -> 10.6, (1, 16, 8192) 12.4 -> 13.1. The first keys asked for ahead of Q: 10.4 -> 10.6, 12.4 ->
   12.3. Descriptors prefetched while the kernel before ends: 10.9 -> 10.9. Dropped.
@@ -111,7 +111,7 @@ def sm90_decode_kernel(
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
     lse_ptr,  # [tokens, HEADS] float32, natural log
-    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of each row's peak
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of each row's peak, columns transposed
     partial_stats_ptr,  # [slots, max_rows, 2 or 3] float32: base-2 level, sum, peak
     status_ptr,  # [6] int64
     softmax_scale,

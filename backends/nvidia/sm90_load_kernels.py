@@ -59,7 +59,7 @@ def odd_position(item, step):
 
 @gluon.jit
 def _prefetch(cache, row_ptr, position, item, part, once, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """Bring a block of the next pair into L2; the first row tile does it."""
+    """Bring a block of the next pair into L2; a part's first program does it."""
     if (position >= item.first_block * BLOCK) & (part.rows < ROWS_FIELD) & (once == 0):
         rows = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
         box_ptr = cache.kv_ptr + rows[0].to(gl.int64) * cache.stride_slot

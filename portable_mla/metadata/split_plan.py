@@ -38,8 +38,8 @@ class PlanShape:
     parts: programs along the KV; block_n: tokens of a tile; min_tiles: of a part; block_q: query tokens of a unit;
     fixed: each unit is cut by its own length alone, so that its result has the same bits in any batch; overhead: what
     starting a unit costs, in tiles; merge_cost: what merging a piece of a unit costs, in 256ths of a tile; row_tiles:
-    programs that share a part's rows and begin with a head each, 0 where none do; halves: whether twice as many share
-    them where half the parts are idle.
+    programs of 64 rows that share a part and begin with a head each, 0 where none do; halves: whether twice as many
+    share it where half the parts are idle.
     """
 
     parts: int
