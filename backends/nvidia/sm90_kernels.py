@@ -85,16 +85,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from portable_mla.backends.nvidia.sm90_load_kernels import load_left, load_right
-from portable_mla.backends.nvidia.sm90_room_kernels import (
-    Cache,
-    Results,
-    new_room,
-)
-from portable_mla.backends.nvidia.sm90_sync_kernels import (
-    prefetch_line,
-    publish_barriers,
-    wait_for_previous_kernel,
-)
+from portable_mla.backends.nvidia.sm90_room_kernels import Cache, Results, new_room
+from portable_mla.backends.nvidia.sm90_sync_kernels import prefetch_line, publish_barriers, wait_for_previous_kernel
 from portable_mla.backends.nvidia.sm90_warpgroup_kernels import left_warpgroup, right_warpgroup
 from portable_mla.backends.triton.decode_kernels import LOG2_E
 from portable_mla.metadata.head_kernels import HEAD_FIELDS

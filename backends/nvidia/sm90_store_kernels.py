@@ -88,25 +88,21 @@ def _pairs(acc):
 
 
 @gluon.jit
-def _whole_rows(row, query_start, results, HEADS: gl.constexpr):
-    """Where rows of a unit that was not cut begin in the result."""
-    token = query_start + row // HEADS
-    head = (row % HEADS).to(gl.int64)
-    return token.to(gl.int64) * results.stride_out_token + head * results.stride_out_head
-
-
-@gluon.jit
 def _piece_rows(row, slot, results):
     """Where rows of a piece begin in the partial results."""
     return (slot.to(gl.int64) * results.max_rows + row) * LATENT
 
 
 @gluon.jit
-def _store_pairs(bits, base_ptr, row_start, row, rows, FIRST: gl.constexpr):
-    """Pairs of 16-bit values to rows that begin row_start values behind base_ptr."""
+def _store_whole(bits, first_row, rows, query_start, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+    """Pairs of the result of a unit that was not cut."""
+    row = opaque(first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
+    token = query_start + row // HEADS
+    head = (row % HEADS).to(gl.int64)
+    row_start = token.to(gl.int64) * results.stride_out_token + head * results.stride_out_head
     bits = gl.convert_layout(bits, PAIRS_OF_2)
     pair = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_OF_2))
-    pair_ptr = base_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (row_start // 2)[:, None]
+    pair_ptr = results.out_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (row_start // 2)[:, None]
     gl.store(pair_ptr + pair[None, :].to(gl.int64), bits, mask=(row < rows)[:, None])
 
 
@@ -114,14 +110,12 @@ def _store_pairs(bits, base_ptr, row_start, row, rows, FIRST: gl.constexpr):
 def _store_wide(acc, norm, rows, query_start, slot, first_row, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
     """The result of a unit that was not cut, or a partial one in float32."""
     acc = acc * norm[:, None]
-    first_row = opaque(first_row)
     if slot < 0:
         left, right = _pairs(acc)
         bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
-        row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
-        _store_pairs(bits, results.out_ptr, _whole_rows(row, query_start, results, HEADS), row, rows, FIRST)
+        _store_whole(bits, first_row, rows, query_start, results, FIRST, HEADS)
     else:
-        _store_floats(acc, first_row, rows, slot, results, FIRST)
+        _store_floats(acc, opaque(first_row), rows, slot, results, FIRST)
 
 
 @gluon.jit
@@ -157,8 +151,7 @@ def _store_narrow(
     left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
     bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty) if whole else pack_pairs(left, right, gl.float16)
     if whole:
-        row = opaque(first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
-        _store_pairs(bits, results.out_ptr, _whole_rows(row, query_start, results, HEADS), row, rows, FIRST)
+        _store_whole(bits, first_row, rows, query_start, results, FIRST, HEADS)
     else:
         _store_in_place(bits, opaque(first_row), rows, slot, results, FIRST)
     if FIRST == 0:

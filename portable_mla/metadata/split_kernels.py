@@ -99,17 +99,9 @@ def _write_tokens(
 
 @triton.jit
 def _write_tails(
-    token_slots_ptr,
-    part_indptr_ptr,
-    heads_ptr,
-    padding,
-    max_tokens,
-    first_part,
-    parts,
-    items,
-    programs,
+    token_slots_ptr, part_indptr_ptr, heads_ptr, padding, max_tokens, first_part, parts, items, programs,
     SCAN: tl.constexpr,
-):
+):  # fmt: skip
     """Padding tokens have no slots and position 0; the parts behind the last used one are empty."""
     for base in range(padding, max_tokens, SCAN):
         token = base + tl.arange(0, SCAN)
