@@ -122,6 +122,7 @@ def sm90_decode_kernel(
     QUERY_ROWS: gl.constexpr,
     BOXES: gl.constexpr,  # that half a block of keys is loaded in; 4, of kv_desc, where pages are smaller than blocks
     LONG: gl.constexpr,  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
+    FAR: gl.constexpr,  # tiles of parts all of whose programs ask for them
     DEPENDENT: gl.constexpr,  # may be launched before the kernel before it has ended
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups
     LOADER_REGISTERS: gl.constexpr,
@@ -145,8 +146,8 @@ def sm90_decode_kernel(
         [
             (left_warpgroup, (room, (items_ptr, head_ptr), results, scale, HEADS, ROPE, BLOCK_Q)),
             (right_warpgroup, (room, (items_ptr, head_ptr), results, scale, HEADS, ROPE, BLOCK_Q)),
-            (load_left, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
-            (load_right, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)),
+            (load_left, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG, FAR)),
+            (load_right, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG, FAR)),
         ],
         [4, 1, 1],
         [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],

@@ -58,9 +58,16 @@ def odd_position(item, step):
 
 
 @gluon.jit
-def _prefetch(cache, row_ptr, position, item, part, once, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """Bring a block of the next pair into L2; a part's first program does it."""
-    if (position >= item.first_block * BLOCK) & (part.rows < ROWS_FIELD) & (once == 0):
+def _asks_ahead(part, share, LONG: gl.constexpr, FAR: gl.constexpr):
+    """Whether the program asks L2 for blocks ahead. A part's first one does, for both; in the longest parts each, since
+    one that fell so far behind that L2 has dropped its blocks would wait for each of them, and stay behind."""
+    return (share >= LONG) & ((part.rows < ROWS_FIELD) | (share >= FAR))
+
+
+@gluon.jit
+def _prefetch(cache, row_ptr, position, item, asks, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Bring a block of the next pair into L2."""
+    if (position >= item.first_block * BLOCK) & asks:
         rows = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
         box_ptr = cache.kv_ptr + rows[0].to(gl.int64) * cache.stride_slot
         prefetch_bytes(box_ptr, ((BLOCK - 1) * cache.stride_slot + LATENT + ROPE) * 2)
@@ -68,8 +75,8 @@ def _prefetch(cache, row_ptr, position, item, part, once, ROPE: gl.constexpr, PA
 
 @gluon.jit
 def _begin_left(
-    room, cache, q_desc, part, item, pages, once, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
+    room, cache, q_desc, part, item, pages, once, asks, HEADS: gl.constexpr, ROPE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
     """The first step of a part, into rooms that nobody has used."""
     q_row = item.query_start * HEADS + part.rows // ROWS_FIELD
@@ -85,13 +92,13 @@ def _begin_left(
         mbarrier.wait(room.query_left_full, 0)
         load_half(cache, rows, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
     if LONG:
-        _prefetch(cache, row_ptr, position - 2 * BLOCK, item, part, once, ROPE, PAGE_SIZE)
+        _prefetch(cache, row_ptr, position - 2 * BLOCK, item, asks, ROPE, PAGE_SIZE)
 
 
 @gluon.jit
 def load_left(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
+    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
     """Columns 0..255 and the rope part of Q, and columns 0..255 of all blocks, which warpgroup 0 lets go of.
 
@@ -102,8 +109,9 @@ def load_left(
     begun = 0  # steps of the first item
     part, item, pages, share = open_part(work, HEADS)
     once = True if LONG == 0 else share < LONG
+    asks = False if LONG == 0 else _asks_ahead(part, share, LONG, FAR)
     if (part.start < part.stop) & (item.pairs + item.lone > 0):
-        _begin_left(room, cache, q_desc, part, item, pages, once, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)
+        _begin_left(room, cache, q_desc, part, item, pages, once, asks, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)
         used = EVEN_USED + gl.where(loads_odd(item, 0), ODD_USED, 0)
         begun = 1
     table = open_table(cache)
@@ -132,7 +140,7 @@ def load_left(
                 load_half(cache, rows, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
                 used = used | ODD_USED
             if LONG:
-                _prefetch(cache, row_ptr, position - 2 * BLOCK, item, part, once, ROPE, PAGE_SIZE)
+                _prefetch(cache, row_ptr, position - 2 * BLOCK, item, asks, ROPE, PAGE_SIZE)
             used = used | EVEN_USED
     if used & EVEN_USED:
         meet(FREE_QUERY, QUERY_THREADS)
@@ -152,8 +160,8 @@ def _load_right_half(cache, rows, block, once, ROPE: gl.constexpr, PAGE_SIZE: gl
 
 @gluon.jit
 def _begin_right(
-    room, cache, q_desc, part, item, pages, once, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
+    room, cache, q_desc, part, item, pages, once, asks, HEADS: gl.constexpr, ROPE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
     """The first step of a part, into rooms that nobody has used."""
     q_row = item.query_start * HEADS + part.rows // ROWS_FIELD
@@ -167,21 +175,22 @@ def _begin_right(
         mbarrier.wait(room.query_right_full, 0)
         _load_right_half(cache, rows, room.odd, once, ROPE, PAGE_SIZE)
     if LONG:
-        _prefetch(cache, row_ptr, position - BLOCK, item, part, once, ROPE, PAGE_SIZE)
+        _prefetch(cache, row_ptr, position - BLOCK, item, asks, ROPE, PAGE_SIZE)
 
 
 @gluon.jit
 def load_right(
     room, work, cache, q_desc, HEADS: gl.constexpr, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr,
+    QUERY_ROWS: gl.constexpr, LONG: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
     """Columns 256..511 of Q, and columns from 256 on of all blocks, which warpgroup 1 lets go of."""
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
     begun = 0  # steps of the first item
     part, item, pages, share = open_part(work, HEADS)
     once = True if LONG == 0 else share < LONG
+    asks = False if LONG == 0 else _asks_ahead(part, share, LONG, FAR)
     if (part.start < part.stop) & (item.pairs + item.lone > 0):
-        _begin_right(room, cache, q_desc, part, item, pages, once, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)
+        _begin_right(room, cache, q_desc, part, item, pages, once, asks, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)
         used = EVEN_USED + gl.where(loads_odd(item, 0), ODD_USED, 0)
         begun = 1
     table = open_table(cache)
@@ -207,7 +216,7 @@ def load_right(
                 _load_right_half(cache, rows, room.odd, once, ROPE, PAGE_SIZE)
                 used = used | ODD_USED
             if LONG:
-                _prefetch(cache, row_ptr, position - BLOCK, item, part, once, ROPE, PAGE_SIZE)
+                _prefetch(cache, row_ptr, position - BLOCK, item, asks, ROPE, PAGE_SIZE)
             used = used | EVEN_USED
     if used & EVEN_USED:
         meet(FREE_QUERY, QUERY_THREADS)

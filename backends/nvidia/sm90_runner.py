@@ -141,6 +141,7 @@ class Sm90Runner:
             "BOXES": tile.boxes if shape.page_size >= BLOCK else TILES,
             "DEPENDENT": tile.early,
             "LONG": tile.long if shape.page_size >= BLOCK else 0,  # loaders of small pages would spill
+            "FAR": tile.far,
             "REGISTERS": tile.registers, "LOADER_REGISTERS": tile.loader_registers, "num_warps": 4,
             "launch_pdl": tile.early,
         }  # fmt: skip

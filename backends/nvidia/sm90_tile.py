@@ -16,6 +16,7 @@ class Sm90Tile:
     overhead: int = 2  # what starting a unit costs, in such tiles
     merge_cost: int = 48  # what merging a piece of a unit costs, in 256ths of such a tile
     long: int = 0  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
+    far: int = 0  # tiles of parts all of whose programs ask for them, and not the first alone
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
     boxes: int = 2  # TMA loads of half a block, where pages hold whole blocks
@@ -43,7 +44,7 @@ def sm90_tile(rows: int) -> Sm90Tile:
         # (128, 128, 4096) 251 257 254; at 32 requests 73.8 73.8 79.0; Azure, 256 requests 210 221 211; Mooncake, 32
         # requests 204 208 213. By each item's length instead: 226 there, since items that are asked ahead and items
         # that are not slow each other down. A part's next item asked ahead too: level, dropped
-        return Sm90Tile(overhead=3, long=80)
+        return Sm90Tile(overhead=3, long=80, far=200)
     # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, asked
     # ahead 472. With two loads of half a block, then one: 435.6 and 425.9; with 128 rows level, (1, 16, 8192) 12.9
     # and 13.1
