@@ -51,13 +51,14 @@ def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr
 
 
 @gluon.jit
-def first_rows(pages, row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
-    """`block_rows` of a part's first step. pages: of the item's last key, and the page before."""
+def first_rows(pages, cache, item, position, last, PAGE_SIZE: gl.constexpr):
+    """`block_rows` of a part's first step. pages: of the item's last key, and the page before: the table is not asked
+    where these two do."""
     if PAGE_SIZE >= BLOCK:
         same = gl.minimum(position, last) // PAGE_SIZE == last // PAGE_SIZE
-        return (gl.where(same, pages[0], pages[1]) * page_rows + position % PAGE_SIZE,)
+        return (gl.where(same, pages[0], pages[1]) * cache.page_rows + position % PAGE_SIZE,)
     else:
-        return block_rows(row_ptr, position, last, page_rows, PAGE_SIZE)
+        return block_rows(table_row(open_table(cache), item), position, last, cache.page_rows, PAGE_SIZE)
 
 
 @gluon.jit

@@ -73,6 +73,10 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   8192) 15.3 -> 14.7, (1, 64, 8192) 13.9 -> 13.4. Programs of 16 rows: 10.9, 19.7 and 14.0, since Q and keys come four
   times. Boxes of 32 rows for their Q: (1, 128, 1024) 8.9, but two of them in place of one elsewhere, (8, 64, 8192) 37.9
   -> 39.2; the page table's header asked for with the head and not behind the first loads: 9.4 and 39.0. Dropped.
+- The same boxes behind a branch of the first step: predicted 0.2 at (1, 128, 1024), level; (1, 64, 1024) 8.5 -> 8.2,
+  (1, 128, 8192) 15.5 -> 15.1, but (4, 128, 1024) 12.9 -> 13.1, (8, 64, 8192) 37.4 -> 37.6, and the host makes one more
+  descriptor a call. Dropped. The table's header waited for behind the first keys, which need none of it, and not ahead
+  of them: predicted 0.1 of 128 heads; (1, 128, 8192) 15.6 -> 15.4, (8, 128, 8192) 40.3 -> 40.1. Kept.
 - A rehearsal of the stores while the first loads are under way, so that their code is in the instruction cache at the
   end: predicted 1 at (1, 128, 1024), 11.0 -> 13.2, for it takes longer than the loads. Dropped.
 
@@ -141,13 +145,14 @@ def sm90_decode_kernel(
     prefetch_line(head_ptr)
     prefetch_line(table_header_ptr)
     scale = softmax_scale * LOG2_E
+    work = (items_ptr, head_ptr)
     # constants stay constants only in tuples that are not named
     gl.warp_specialize(
         [
-            (left_warpgroup, (room, (items_ptr, head_ptr), results, scale, HEADS, ROPE, BLOCK_Q)),
-            (right_warpgroup, (room, (items_ptr, head_ptr), results, scale, HEADS, ROPE, BLOCK_Q)),
-            (load_left, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG, FAR)),
-            (load_right, (room, (items_ptr, head_ptr), cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG, FAR)),
+            (left_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
+            (right_warpgroup, (room, work, results, scale, HEADS, ROPE, BLOCK_Q)),
+            (load_left, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG, FAR)),
+            (load_right, (room, work, cache, q_desc, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG, FAR)),
         ],
         [4, 1, 1],
         [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],

@@ -83,16 +83,15 @@ def _begin_left(
     load_query_left(q_desc, q_row, room, QUERY_ROWS)
     if ROPE:
         load_query_rope(q_desc, q_row, room, QUERY_ROWS)
-    row_ptr = table_row(open_table(cache), item)
     position, last = even_position(item, 0), item.kv_end - 1
-    rows = first_rows(pages, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+    rows = first_rows(pages, cache, item, position, last, PAGE_SIZE)
     load_half(cache, rows, 0, room.even.left_full, room.even.left, once, PAGE_SIZE)
     if loads_odd(item, 0):
-        rows = first_rows(pages, row_ptr, odd_position(item, 0), last, cache.page_rows, PAGE_SIZE)
+        rows = first_rows(pages, cache, item, odd_position(item, 0), last, PAGE_SIZE)
         mbarrier.wait(room.query_left_full, 0)
         load_half(cache, rows, 0, room.odd.left_full, room.odd.left, once, PAGE_SIZE)
     if LONG:
-        _prefetch(cache, row_ptr, position - 2 * BLOCK, item, asks, ROPE, PAGE_SIZE)
+        _prefetch(cache, table_row(open_table(cache), item), position - 2 * BLOCK, item, asks, ROPE, PAGE_SIZE)
 
 
 @gluon.jit
@@ -166,16 +165,15 @@ def _begin_right(
     """The first step of a part, into rooms that nobody has used."""
     q_row = item.query_start * HEADS + part.rows // ROWS_FIELD
     load_query_right(q_desc, q_row, room, QUERY_ROWS)
-    row_ptr = table_row(open_table(cache), item)
     position, last = even_position(item, 0), item.kv_end - 1
-    rows = first_rows(pages, row_ptr, position, last, cache.page_rows, PAGE_SIZE)
+    rows = first_rows(pages, cache, item, position, last, PAGE_SIZE)
     _load_right_half(cache, rows, room.even, once, ROPE, PAGE_SIZE)
     if loads_odd(item, 0):
-        rows = first_rows(pages, row_ptr, odd_position(item, 0), last, cache.page_rows, PAGE_SIZE)
+        rows = first_rows(pages, cache, item, odd_position(item, 0), last, PAGE_SIZE)
         mbarrier.wait(room.query_right_full, 0)
         _load_right_half(cache, rows, room.odd, once, ROPE, PAGE_SIZE)
     if LONG:
-        _prefetch(cache, row_ptr, position - BLOCK, item, asks, ROPE, PAGE_SIZE)
+        _prefetch(cache, table_row(open_table(cache), item), position - BLOCK, item, asks, ROPE, PAGE_SIZE)
 
 
 @gluon.jit

@@ -44,6 +44,10 @@ def sm90_tile(rows: int) -> Sm90Tile:
         # (128, 128, 4096) 251 257 254; at 32 requests 73.8 73.8 79.0; Azure, 256 requests 210 221 211; Mooncake, 32
         # requests 204 208 213. By each item's length instead: 226 there, since items that are asked ahead and items
         # that are not slow each other down. A part's next item asked ahead too: level, dropped
+        # With the first program alone asking, the other fell so far behind in long parts, when the clock fell with the
+        # power, that L2 had dropped its blocks: at 256 requests of Mooncake 5.3 to 5.9 GB were read, not 4.7. Each asks
+        # from parts of 200 tiles on: predicted level with never, 1795; 2010 to 2090 -> 1801 to 1815, at 128 requests
+        # 890 to 980 -> 830 to 904. In shorter parts that costs 3 %, (128, 128, 4096) 238 and 247
         return Sm90Tile(overhead=3, long=80, far=200)
     # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, asked
     # ahead 472. With two loads of half a block, then one: 435.6 and 425.9; with 128 rows level, (1, 16, 8192) 12.9
