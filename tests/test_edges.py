@@ -104,6 +104,12 @@ def test_m5_the_number_of_splits_does_not_change_the_result(target: Target, unit
     acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=units)))
 
 
+@pytest.mark.parametrize("units", [2, 6])  # on Hopper one part of 300 blocks, or three of 100, of two programs each
+def test_long_parts_that_programs_share(target: Target, units: int) -> None:
+    problem = target.build(Case((12_000, 7_077, 65), heads=128, page_size=64, content="needle"))
+    acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=units)))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("max_query_len", [1, 3])
 def test_a_token_that_outweighs_those_before_it_in_one_piece(target: Target, dtype: str, max_query_len: int) -> None:

@@ -50,7 +50,7 @@ def weigh_even(room: Room, key: object) -> Role:
 def left(room: Room, items: list[int]) -> Role:
     """left_warpgroup: `items` holds blocks."""
     count = 0
-    for item, blocks in enumerate(items):
+    for item, blocks in enumerate(filter(None, items)):
         pairs, lone = divmod(blocks, 2)
         yield from take_query(room, item)
         if lone:
@@ -99,7 +99,7 @@ def left(room: Room, items: list[int]) -> Role:
 def right(room: Room, items: list[int]) -> Role:
     """right_warpgroup."""
     count = 0
-    for item, blocks in enumerate(items):
+    for item, blocks in enumerate(filter(None, items)):
         pairs, lone = divmod(blocks, 2)
         if lone:
             key: tuple[int, object] = (item, "lone")
@@ -158,7 +158,7 @@ def right(room: Room, items: list[int]) -> Role:
 
 def steps(items: list[int]) -> Iterator[tuple[int, int, object, int | None]]:
     """What a loader does at each step: the item, the step, the even block and the pair whose odd block it loads."""
-    for item, blocks in enumerate(items):
+    for item, blocks in enumerate(filter(None, items)):
         pairs, lone = divmod(blocks, 2)
         for step in range(pairs + lone):
             loads_odd = not lone or step > 1 or (step == 0 and pairs > 0)
@@ -167,14 +167,15 @@ def steps(items: list[int]) -> Iterator[tuple[int, int, object, int | None]]:
 
 
 def load_left(room: Room, items: list[int]) -> Role:
-    """load_left."""
+    """load_left, whose first step is _begin_left if the first item has blocks."""
     even_used = odd_used = False
+    begins = items[:1] != [0]
     for item, step, even, odd in steps(items):
         if step == 0:
             if even_used:
                 yield from room.meet("load_left", "query", LOADER)
             yield room.load("query0", item)
-            if not even_used:
+            if begins and not even_used:
                 yield room.load("weights1", ("q", item))
         if even_used and not (room.fault == "no wait" and step == 2):
             yield from room.meet("load_left", "free_left0", LOADER)
@@ -182,10 +183,10 @@ def load_left(room: Room, items: list[int]) -> Role:
         if odd_used and (step == 0 or odd is not None):
             yield from room.meet("load_left", "free_left1", LOADER)
             odd_used = False
-        if step == 0 and even_used:
+        if step == 0 and (even_used or not begins):
             yield room.load("weights1", ("q", item))
         if odd is not None:
-            if not even_used:
+            if begins and not even_used:
                 yield room.wait("query0", 1)
             yield room.load("left1", (item, odd))
             odd_used = True
@@ -196,8 +197,9 @@ def load_left(room: Room, items: list[int]) -> Role:
 
 
 def load_right(room: Room, items: list[int]) -> Role:
-    """load_right."""
+    """load_right, whose first step is _begin_right if the first item has blocks."""
     even_used = odd_used = False
+    begins = items[:1] != [0]
     for item, step, even, odd in steps(items):
         if step == 0:
             if even_used:
@@ -209,7 +211,7 @@ def load_right(room: Room, items: list[int]) -> Role:
         if odd is not None:
             if odd_used:
                 yield from room.meet("load_right", "free_right1", LOADER)
-            elif not even_used:
+            elif begins and not even_used:
                 yield room.wait("query1", 1)
             yield room.load("right1", (item, odd))
             odd_used = True
@@ -226,8 +228,8 @@ def decode(rng: random.Random, items: list[int], fault: str = "") -> None:
 
 
 def shapes(rng: random.Random) -> list[int]:
-    """Blocks of each item of a part."""
-    return [rng.choice((1, 1, 2, 2, 3, 4, 5, 6, 9)) for _ in range(rng.randint(0, 4))]
+    """Blocks of each item of a part; none of a faulty request, or of one that has no such rows."""
+    return [rng.choice((0, 1, 1, 2, 2, 3, 4, 5, 6, 9)) for _ in range(rng.randint(0, 4))]
 
 
 def test_no_interleaving_deadlocks_or_races() -> None:
