@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from portable_mla.cli.hardware import PARTS, Part
 from portable_mla.cli.report import Section
 from portable_mla.dispatch import load
@@ -49,7 +51,7 @@ class Compiled:
 @dataclass(frozen=True)
 class Work:
     """Of one program and one tile: cycles of matrix units and of shared memory; of the kernel: warps of so many
-    threads, what it was compiled to, and whether the two run at once."""
+    threads, what it was compiled to, whether the two run at once, and whether partial results are of 16 bits."""
 
     matrix: float
     shared: float
@@ -57,6 +59,7 @@ class Work:
     wave: int
     compiled: Compiled
     at_once: bool
+    narrow: bool = False
 
     def cycles(self, together: int = 1) -> float:
         """Of a tile, where so many programs share an SM or CU: fewer warps than it has matrix units leave some idle."""
@@ -120,14 +123,15 @@ def _estimate(request: Request, part: Part, shape: PlanShape, block_h: int, work
     parts = itertools.pairwise(plan.part_indptr)
     runs = [sum(high - low for _, low, high, *_ in plan.items[first:last]) for first, last in parts]
     rows = mla.heads * shape.block_q
-    row_tiles = -(-rows // block_h)
+    row_tiles = plan.programs or -(-rows // block_h)  # twice the tiles where halves of them are cheaper
+    program_rows = block_h * shape.row_tiles // row_tiles if plan.programs else block_h
     used = [tiles for tiles in runs if tiles] or [0]
     together = -(-len(used) * row_tiles // request.arch.units)  # programs that one SM or CU has to run
     width = mla.row_width * mla.q_dtype.itemsize
     keys = sum(used) * shape.block_n * width
     pieces = plan.summary[3]
     results = capacity.max_batch * request.max_query_len * mla.heads * (width + mla.latent_dim * mla.q_dtype.itemsize)
-    partials = 2 * 4 * pieces * rows * mla.latent_dim
+    partials = 2 * (2 if work.narrow else 4) * pieces * rows * mla.latent_dim
     longest, per_second = max(used) * together, part.clock
     seconds = {
         "memory": (keys + results + partials) / part.bandwidth,
@@ -142,7 +146,7 @@ def _estimate(request: Request, part: Part, shape: PlanShape, block_h: int, work
     resident = _resident(request, part, work)
     facts = {
         "parts, items, partial results": f"{len(used)}, {len(plan.items)}, {pieces}",
-        "programs": f"{len(used) * row_tiles} of {block_h} rows, {row_tiles} a part",
+        "programs": f"{len(used) * row_tiles} of {program_rows} rows, {row_tiles} a part",
         "programs that fit one unit": f"{resident} ({work.compiled.registers} registers, {work.compiled.shared} B)",
         "waves": str(max(-(-together // resident), 1)),
         "cycles of a tile": f"{work.matrix:.0f} matrix units, {work.shared:.0f} shared memory",
@@ -200,7 +204,8 @@ def gluon_work(request: Request, part: Part) -> Work:
     traffic = (GLUON_KEYS * (2 * shape.row_width + shape.latent_dim) + GLUON_ROWS * shape.row_width) * 2
     compiled = compiled_kernel(request.arch.name, f"gluon 512+{shape.rope_dim}")
     return Work(
-        operations / part.matrix["HGMMA"], traffic / part.shared, GLUON_WARPS, request.arch.wave, compiled, at_once=True
+        operations / part.matrix["HGMMA"], traffic / part.shared, GLUON_WARPS, request.arch.wave, compiled,
+        at_once=True, narrow=shape.q_dtype is torch.bfloat16,
     )  # fmt: skip
 
 
