@@ -114,7 +114,7 @@ def compile_gluon(request: Request) -> Any:
     """Hopper's Gluon kernel as its runner launches it, compiled; imported here, for not every Triton has its names."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from portable_mla.backends.nvidia.sm90_box_kernels import BOX_LAYOUT
+    from portable_mla.backends.nvidia.sm90_box_kernels import BOX_LAYOUT, TILE_LAYOUT
     from portable_mla.backends.nvidia.sm90_eviction import rewriting
     from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
     from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, TILES, Sm90Runner
@@ -122,12 +122,13 @@ def compile_gluon(request: Request) -> Any:
     shape = request.shape
     runner = Sm90Runner(request, Tile(64, 64, 8, 2))
     constants = runner.decode_constants()
-    dtype, boxes = DTYPES[shape.q_dtype], {"q_desc": constants["QUERY_ROWS"], "kv_desc": min(shape.page_size, BLOCK)}
-    types = default_types(sm90_decode_kernel)
-    types |= {name: f"tensordesc<{dtype}[{rows}, {BLOCK}],{LAYOUT!r}>" for name, rows in boxes.items()}
-    box = [TILES // constants["BOXES"], BLOCK, BLOCK]
-    in_boxes = shape.page_size >= BLOCK
-    types["box_desc"] = f"tensordesc<{dtype}{box},{BOX_LAYOUT.value!r}>" if in_boxes else types["kv_desc"]
+    dtype, types = DTYPES[shape.q_dtype], default_types(sm90_decode_kernel)
+    small = ([shape.page_size, BLOCK], LAYOUT)
+    boxes = {"q_desc": ([constants["QUERY_ROWS"], BLOCK], LAYOUT), "kv_desc": small, "box_desc": small}
+    if shape.page_size >= BLOCK:
+        boxes["kv_desc"] = ([1, BLOCK, BLOCK], TILE_LAYOUT.value)
+        boxes["box_desc"] = ([TILES // constants["BOXES"], 1, BLOCK, BLOCK], BOX_LAYOUT.value)
+    types |= {name: f"tensordesc<{dtype}{block},{layout!r}>" for name, (block, layout) in boxes.items()}
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("heads_ptr", "items_ptr"), "*i32!")
     types |= dict.fromkeys(("table_header_ptr", "status_ptr"), "*i64!")

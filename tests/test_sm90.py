@@ -176,7 +176,9 @@ def test_a_call_gives_both_kernels_what_their_signatures_name(monkeypatch: pytes
     assert (given["tokens"], given["page_rows"], given["max_rows"]) == (6, 64, 60)
     assert (given["stride_slot"], given["stride_out_token"], given["stride_lse_token"]) == (576, 20 * 512, 20)
     assert (given["q_desc"].shape, given["q_desc"].block_shape) == ([120, 576], [64, 64])
-    assert given["kv_desc"].shape == [problem.kv_cache.shape[0] * 64, 576]
+    pages = problem.kv_cache.shape[0]
+    assert (given["kv_desc"].shape, given["kv_desc"].block_shape) == ([pages, 64, 576], [1, 64, 64])
+    assert (given["box_desc"].shape, given["box_desc"].strides) == ([9, pages, 64, 64], [64, 64 * 576, 576, 1])
     assert given["status_ptr"].dtype == given["table_header_ptr"].dtype == torch.int64
     assert runner.memory() == memory
     wide = torch.zeros(6, 22, 576, dtype=problem.q.dtype)
@@ -208,7 +210,7 @@ def test_calls_that_are_alike_share_a_layout_that_holds_no_tensor_of_theirs(monk
         if call:
             (_, decode), (_, combine) = launched[-2:]
             assert decode["q_desc"].base is q and decode["kv_desc"].base is decode["kv_ptr"] is cache
-            assert decode["box_desc"].base is cache and decode["box_desc"].block_shape == [2, 64, 64]
+            assert decode["box_desc"].base is cache and decode["box_desc"].block_shape == [2, 1, 64, 64]
             assert decode["heads_ptr"] is plan.heads is not None
             assert decode["table_header_ptr"] is plan.table_header and decode["items_ptr"] is plan.items
             assert combine["token_slots_ptr"] is plan.token_slots

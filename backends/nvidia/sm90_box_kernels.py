@@ -8,7 +8,8 @@ from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT
 from portable_mla.backends.nvidia.sm90_sync_kernels import load_once, reinterpret, tma_load
 
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
-BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))
+TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))  # of rows of a page
+BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))  # of tiles of those
 
 
 @gluon.jit
@@ -32,10 +33,21 @@ def _cache_row(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr
 
 
 @gluon.jit
+def _row_of_page(position, last, PAGE_SIZE: gl.constexpr):
+    """Row of its page where the box of a block begins, so that it ends with the block's last key: nothing behind a
+    sequence is read. Ahead of the block's first key are keys before it, or none of the page, which TMA makes 0."""
+    row = gl.minimum(last - (BLOCK - 1) - position, 0)
+    if PAGE_SIZE > BLOCK:
+        row += position % PAGE_SIZE
+    return row
+
+
+@gluon.jit
 def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
-    """Cache rows where the boxes of a block begin: one box, or one a page where pages are smaller than a block."""
+    """Where a block is: its page and a row of that; or where pages are smaller, of each the row of the cache."""
     if PAGE_SIZE >= BLOCK:
-        return (_cache_row(table_row_ptr, position, last, page_rows, PAGE_SIZE),)
+        cell = position.to(gl.uint32) // PAGE_SIZE
+        return gl.load(table_row_ptr + cell), _row_of_page(position, last, PAGE_SIZE)
     elif PAGE_SIZE == 32:
         return (
             _cache_row(table_row_ptr, position, last, page_rows, PAGE_SIZE),
@@ -55,8 +67,8 @@ def first_rows(pages, cache, item, position, last, PAGE_SIZE: gl.constexpr):
     """`block_rows` of a part's first step. pages: of the item's last key, and the page before: the table is not asked
     where these two do."""
     if PAGE_SIZE >= BLOCK:
-        same = gl.minimum(position, last) // PAGE_SIZE == last // PAGE_SIZE
-        return (gl.where(same, pages[0], pages[1]) * cache.page_rows + position % PAGE_SIZE,)
+        same = position // PAGE_SIZE == last // PAGE_SIZE
+        return gl.where(same, pages[0], pages[1]), _row_of_page(position, last, PAGE_SIZE)
     else:
         return block_rows(table_row(open_table(cache), item), position, last, cache.page_rows, PAGE_SIZE)
 
@@ -74,7 +86,8 @@ def load_tile(kv_desc, rows, column, full, tile, once, PAGE_SIZE: gl.constexpr):
     """64 columns of a block."""
     mbarrier.expect(full, TILE_BYTES)
     if PAGE_SIZE >= BLOCK:
-        _load_box(kv_desc, [rows[0], column], full, tile, once)
+        tile = reinterpret(tile, [1, BLOCK, BLOCK], TILE_LAYOUT)
+        _load_box(kv_desc, [rows[0], rows[1], column], full, tile, once)
     else:
         for box in gl.static_range(BLOCK // PAGE_SIZE):
             part = tile.slice(box * PAGE_SIZE, PAGE_SIZE, 0)
@@ -86,10 +99,11 @@ def load_half(cache, rows, FIRST: gl.constexpr, full, half, once, PAGE_SIZE: gl.
     """256 columns of a block, in as many boxes as there are mbarriers where pages hold whole blocks."""
     TILES: gl.constexpr = HALF // BLOCK // len(full)
     if PAGE_SIZE >= BLOCK:
-        boxes = reinterpret(half.index(0), [len(full), TILES, BLOCK, BLOCK], BOX_LAYOUT)
+        boxes = reinterpret(half.index(0), [len(full), TILES, 1, BLOCK, BLOCK], BOX_LAYOUT)
         for box in gl.static_range(len(full)):
             mbarrier.expect(full[box], TILES * TILE_BYTES)
-            _load_box(cache.boxes, [FIRST // BLOCK + box * TILES, rows[0], 0], full[box], boxes.index(box), once)
+            place = [FIRST // BLOCK + box * TILES, rows[0], rows[1], 0]
+            _load_box(cache.boxes, place, full[box], boxes.index(box), once)
     else:
         for tile in gl.static_range(HALF // BLOCK):
             part = half.index(0).slice(tile * BLOCK, BLOCK, 1)

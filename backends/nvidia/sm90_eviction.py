@@ -20,7 +20,7 @@ except ImportError:
 MARK = "the next load is evict_first"  # a comment in the PTX
 _LOAD = re.compile(
     rf"({MARK}(?:(?!cp\.async\.bulk\.tensor).)*?)"
-    r"((?:@!?%p\d+\s+)?cp\.async\.bulk\.tensor\.[23]d\.shared::cluster\.global\.mbarrier::complete_tx::bytes)(\s[^;]*);",
+    r"((?:@!?%p\d+\s+)?cp\.async\.bulk\.tensor\.[234]d\.shared::cluster\.global\.mbarrier::complete_tx::bytes)(\s[^;]*);",
     re.DOTALL,
 )
 _POLICY = ".reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"

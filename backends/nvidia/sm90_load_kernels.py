@@ -69,7 +69,7 @@ def _prefetch(cache, row_ptr, position, item, asks, ROPE: gl.constexpr, PAGE_SIZ
     """Bring a block of the next pair into L2."""
     if (position >= item.first_block * BLOCK) & asks:
         rows = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
-        box_ptr = cache.kv_ptr + rows[0].to(gl.int64) * cache.stride_slot
+        box_ptr = cache.kv_ptr + (rows[0].to(gl.int64) * cache.page_rows + rows[1]) * cache.stride_slot
         prefetch_bytes(box_ptr, ((BLOCK - 1) * cache.stride_slot + LATENT + ROPE) * 2)
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from portable_mla.backend import DecodeInputs
-from portable_mla.backends.nvidia.sm90_box_kernels import BOX_LAYOUT
+from portable_mla.backends.nvidia.sm90_box_kernels import BOX_LAYOUT, TILE_LAYOUT
 from portable_mla.backends.nvidia.sm90_eviction import rewriting
 from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
 from portable_mla.backends.nvidia.sm90_portable import PortablePath
@@ -125,8 +125,9 @@ class Sm90Runner:
         key = (q.device.index, q.stride(), stride_slot, results, alignment(q, cache, out, lse))
         decode, combine = self._decode.at(key, self._grid), self._combine.at(key, tokens)
         copied = not _is_rows(q)
-        q_desc, kv_desc = self._query_rows(self._dense(q) if copied else q), _cache_rows(cache, rows)
-        box_desc = _cache_boxes(kv_desc, self._box_tiles) if cache.shape[1] >= BLOCK else kv_desc
+        q_desc = self._query_rows(self._dense(q) if copied else q)
+        in_boxes = cache.shape[1] >= BLOCK
+        kv_desc, box_desc = _cache_pages(cache, self._box_tiles) if in_boxes else _cache_rows(cache, rows)
         layout = _Layout(q_desc, kv_desc, box_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
         if decode is self._decode.at(key, self._grid) and combine is self._combine.at(key, tokens):
             inputs.remember(layout)  # a first launch, which compiles, is another each time
@@ -197,16 +198,21 @@ def page_rows(cache: Tensor) -> int:
     return stride_page // stride_slot if seen else 0
 
 
-def _cache_rows(cache: Tensor, step: int) -> TensorDescriptor:
+def _cache_rows(cache: Tensor, step: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of the cache as rows of its slots, page by page; for both uses."""
     pages, page_size, _ = cache.shape
-    return _rows_of(cache, (pages - 1) * step + page_size, _outer_strides(cache)[1], min(page_size, BLOCK))
+    rows = _rows_of(cache, (pages - 1) * step + page_size, _outer_strides(cache)[1], page_size)
+    return rows, rows
 
 
-def _cache_boxes(rows: TensorDescriptor, tiles: int) -> TensorDescriptor:
-    """Descriptor of the same cache as tiles of 64 columns, so many of them a box."""
-    count, width = rows.shape
-    shape, strides = [width // BLOCK, count, BLOCK], [BLOCK, *rows.strides]
-    return TensorDescriptor(rows.base, shape, strides, [tiles, BLOCK, BLOCK], BOX_LAYOUT.value)
+def _cache_pages(cache: Tensor, tiles: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of the cache as it is, a block's 64 columns a box, and as tiles of 64 columns, so many of them a box:
+    what a box has of no page is 0."""
+    pages, page_size, width = cache.shape
+    strides = list(_outer_strides(cache))
+    rows = TensorDescriptor(cache, [pages, page_size, width], [*strides, 1], [1, BLOCK, BLOCK], TILE_LAYOUT.value)
+    shape, box = [width // BLOCK, pages, page_size, BLOCK], [tiles, 1, BLOCK, BLOCK]
+    return rows, TensorDescriptor(cache, shape, [BLOCK, *strides, 1], box, BOX_LAYOUT.value)
 
 
 def _rows_of(tensor: Tensor, rows: int, stride: int, box: int) -> TensorDescriptor:

@@ -22,7 +22,7 @@ STRIPS = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 @gluon.jit
 def zero_tail(half, full, phase, valid):
     """Zero the rows of half a block from `valid` on, once it has landed: slots past the end may hold NaN, and 0 times
-    NaN is NaN."""
+    NaN is NaN. For pages smaller than a block; of larger ones those slots are not read."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
     strips = reinterpret(half.index(0), [BLOCK * HALF // (STRIP * BLOCK), STRIP, BLOCK], STRIPS)
@@ -38,15 +38,21 @@ def zero_tail(half, full, phase, valid):
 
 
 @gluon.jit
-def mask(scores, position, item, part, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """-inf where a row's query token does not see the key."""
-    key = position + gl.arange(0, BLOCK, SCORES_KEY)
+def mask(scores, position, item, part, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """-inf where a row's query token does not see the key. A box of a whole block ends with the last key at most: what
+    it has ahead of the block's first counts as far behind any end."""
+    key = gl.arange(0, BLOCK, SCORES_KEY)
     if BLOCK_Q == 1:
         end = item.kv_end + gl.zeros([BLOCK], gl.int32, SCORES_ROW)
     else:
         first_row, _ = rows_of(part)
         token = (first_row + gl.arange(0, BLOCK, SCORES_ROW)) // HEADS
         end = gl.minimum(item.kv_len - item.query_len + 1 + token, item.kv_end)
+    if PAGE_SIZE >= BLOCK:
+        key = (key + gl.minimum(item.kv_end - position - BLOCK, 0)).to(gl.uint32)
+        end = gl.maximum(end - position, 0).to(gl.uint32)
+    else:
+        key += position
     return gl.where(key[None, :] < end[:, None], scores, gl.full_like(scores, float("-inf")))
 
 

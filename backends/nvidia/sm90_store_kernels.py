@@ -58,6 +58,12 @@ def hear_peak(peak, slot, vector, results):
 
 
 @gluon.jit
+def _piece_row(row, slot, results):
+    """Which of all partial results' rows a row of a piece is."""
+    return slot.to(gl.int64) * opaque(results.max_rows) + row
+
+
+@gluon.jit
 def _store_stats(log2_level, row_sum, row, valid, slot, query_start, results, HEADS: gl.constexpr):
     """LSE of a whole unit, or level and sum of a piece: their logarithm would lose the sum's digits."""
     if slot < 0:
@@ -69,7 +75,7 @@ def _store_stats(log2_level, row_sum, row, valid, slot, query_start, results, HE
         gl.store(results.lse_ptr + lse_row, lse, mask=valid)
     else:
         STATS: gl.constexpr = WIDE_STATS if results.partial_out_ptr.dtype.element_ty == gl.float32 else NARROW_STATS
-        stats_ptr = results.partial_stats_ptr + STATS * (slot.to(gl.int64) * results.max_rows + row)
+        stats_ptr = results.partial_stats_ptr + STATS * _piece_row(row, slot, results)
         gl.store(stats_ptr, log2_level, mask=valid)
         gl.store(stats_ptr + 1, row_sum, mask=valid)
 
@@ -88,18 +94,14 @@ def _pairs(acc):
 
 
 @gluon.jit
-def _piece_rows(row, slot, results):
-    """Where rows of a piece begin in the partial results."""
-    return (slot.to(gl.int64) * results.max_rows + row) * LATENT
-
-
-@gluon.jit
 def _store_whole(bits, first_row, rows, query_start, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
     """Pairs of the result of a unit that was not cut."""
     row = opaque(first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
     token = query_start + row // HEADS
     head = (row % HEADS).to(gl.int64)
-    row_start = token.to(gl.int64) * results.stride_out_token + head * results.stride_out_head
+    stride_token = results.stride_out_token.to(gl.uint32)  # that is no negative number needs no register for its sign
+    stride_head = results.stride_out_head.to(gl.uint32)
+    row_start = token.to(gl.int64) * stride_token.to(gl.int64) + head * stride_head.to(gl.int64)
     bits = gl.convert_layout(bits, PAIRS_OF_2)
     pair = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_OF_2))
     pair_ptr = results.out_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (row_start // 2)[:, None]
@@ -123,7 +125,7 @@ def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
     """A partial result in float32."""
     row = first_row + gl.arange(0, BLOCK, ACC_ROW)
     column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ACC))
-    piece_row = _piece_rows(row, slot, results)
+    piece_row = _piece_row(row, slot, results) * LATENT
     partial_ptr = results.partial_out_ptr + piece_row[:, None] + column[None, :].to(gl.int64)
     gl.store(partial_ptr, acc, mask=(row < rows)[:, None])
 
@@ -136,7 +138,7 @@ def _store_in_place(bits, first_row, rows, slot, results, FIRST: gl.constexpr):
     row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_IN_PLACE))
     place = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_IN_PLACE))
     base_ptr = results.partial_out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    pair_ptr = base_ptr + (_piece_rows(row, slot, results) // 2)[:, None] + place[None, :].to(gl.int64)
+    pair_ptr = base_ptr + (_piece_row(row, slot, results) * LATENT // 2)[:, None] + place[None, :].to(gl.int64)
     gl.store(pair_ptr, bits, mask=(row < rows)[:, None])
 
 
@@ -156,7 +158,7 @@ def _store_narrow(
         _store_in_place(bits, opaque(first_row), rows, slot, results, FIRST)
     if FIRST == 0:
         peak_row = first_row + gl.arange(0, BLOCK, ACC_ROW)
-        peak_ptr = results.partial_stats_ptr + NARROW_STATS * (slot.to(gl.int64) * results.max_rows + peak_row) + 2
+        peak_ptr = results.partial_stats_ptr + NARROW_STATS * _piece_row(peak_row, slot, results) + 2
         gl.store(peak_ptr, peak, mask=(peak_row < rows) & (slot >= 0))
 
 

@@ -109,7 +109,7 @@ def _lone_left(room, scores, acc, level, largest, scale):
 
 @gluon.jit
 def left_warpgroup(
-    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
+    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Scores of the even blocks, output columns 0..255.
 
@@ -133,8 +133,8 @@ def left_warpgroup(
                 if item.pairs == 0:
                     arrive(FREE_QUERY, QUERY_THREADS)
                 if position + BLOCK > item.all_see:
-                    scores = mask(scores, position, item, part, HEADS, BLOCK_Q)
-                    if position + BLOCK > item.kv_end:
+                    scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
+                    if PAGE_SIZE < BLOCK and position + BLOCK > item.kv_end:
                         zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
                 acc, level, largest, row_sum = _lone_left(room, scores, acc, level, largest, scale)
                 phase ^= 1
@@ -143,7 +143,7 @@ def left_warpgroup(
                 position -= 2 * BLOCK
                 scores = _score_even(room, q_rope, phase, ROPE)
                 if position + 2 * BLOCK > item.all_see:
-                    scores = mask(scores, position, item, part, HEADS, BLOCK_Q)
+                    scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                 for _pair in range(item.pairs - 1):
                     acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                     phase ^= 1
@@ -159,7 +159,7 @@ def left_warpgroup(
                     scores = score_rope(q_rope, room.even, phase, scores, ROPE)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
-                        scores = mask(scores, position, item, part, HEADS, BLOCK_Q)
+                        scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                 arrive(FREE_QUERY, QUERY_THREADS)
                 acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                 phase ^= 1
@@ -181,7 +181,7 @@ def left_warpgroup(
 @gluon.jit
 def _fold_right(
     room, q_rope, item, part, position, last, acc, level, largest, row_sum, scale, phase,
-    HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of the odd block, both blocks' share of columns 256..511.
 
@@ -202,7 +202,7 @@ def _fold_right(
     if last:
         arrive(FREE_QUERY, QUERY_THREADS)
     if position + 2 * BLOCK > item.all_see:
-        scores = mask(scores, position + BLOCK, item, part, HEADS, BLOCK_Q)
+        scores = mask(scores, position + BLOCK, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
     acc = rescale(acc, growth(level, even_level, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     block_largest = gl.max(scores, 1)
@@ -240,7 +240,7 @@ def _lone_right(room, acc):
 
 @gluon.jit
 def right_warpgroup(
-    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr
+    room, work, results, scale, HEADS: gl.constexpr, ROPE: gl.constexpr, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Scores of the odd blocks, output columns 256..511."""
     phase = 0
@@ -256,13 +256,13 @@ def right_warpgroup(
         if item.pairs + item.lone > 0:
             position = (item.first_block + 2 * item.pairs) * BLOCK
             if item.lone > 0:
-                if position + BLOCK > item.kv_end:
+                if PAGE_SIZE < BLOCK and position + BLOCK > item.kv_end:
                     zero_tail(room.even.right, room.even.right_full, even_phase, item.kv_end - position)
                 acc, level = _lone_right(room, acc)
                 if item.pairs == 0:
                     arrive(FREE_QUERY, QUERY_THREADS)  # Q has landed: the loaders have met this barrier's last opening
                 even_phase ^= 1
-            elif position > item.kv_end:
+            elif PAGE_SIZE < BLOCK and position > item.kv_end:
                 valid = item.kv_end - position + BLOCK  # of both halves: the left one is multiplied later
                 zero_tail(room.odd.left, room.odd.left_full, phase, valid)
                 zero_tail(room.odd.right, room.odd.right_full, phase, valid)
@@ -273,7 +273,7 @@ def right_warpgroup(
                     last = step == item.pairs - 1
                     acc, level, largest, row_sum = _fold_right(
                         room, q_rope, item, part, position, last, acc, level, largest, row_sum, scale,
-                        phase, HEADS, ROPE, BLOCK_Q,
+                        phase, HEADS, ROPE, BLOCK_Q, PAGE_SIZE,
                     )  # fmt: skip
                     phase ^= 1
                     even_phase ^= 1
