@@ -15,8 +15,8 @@ BACKENDS: dict[str, str] = {
 }
 
 # The reference ends every row: right for any request, fast for none, and logged when it is chosen. Libraries of vendors
-# come after our own kernels and serve by name: on an H100, through their adapters and in graphs, none was more than 2 %
-# faster, at equal contexts or over two serving traces, but for one cell of one run of several (README, Speed).
+# come after our own kernels and serve by name: on an H100, through their adapters and in graphs, none was more than 1 %
+# faster, at equal contexts or over two serving traces (README, Speed).
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "sm80": ("triton", "flashinfer", "reference"),
