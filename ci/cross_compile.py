@@ -114,20 +114,17 @@ def compile_gluon(request: Request) -> Any:
     """Hopper's Gluon kernel as its runner launches it, compiled; imported here, for not every Triton has its names."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from portable_mla.backends.nvidia.sm90_box_kernels import BOX_LAYOUT, TILE_LAYOUT
     from portable_mla.backends.nvidia.sm90_eviction import rewriting
     from portable_mla.backends.nvidia.sm90_kernels import sm90_decode_kernel
-    from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, TILES, Sm90Runner
+    from portable_mla.backends.nvidia.sm90_runner import BLOCK, LAYOUT, TILES, Sm90Runner, cache_blocks
 
     shape = request.shape
     runner = Sm90Runner(request, Tile(64, 64, 8, 2))
     constants = runner.decode_constants()
     dtype, types = DTYPES[shape.q_dtype], default_types(sm90_decode_kernel)
-    small = ([shape.page_size, BLOCK], LAYOUT)
-    boxes = {"q_desc": ([constants["QUERY_ROWS"], BLOCK], LAYOUT), "kv_desc": small, "box_desc": small}
-    if shape.page_size >= BLOCK:
-        boxes["kv_desc"] = ([1, BLOCK, BLOCK], TILE_LAYOUT.value)
-        boxes["box_desc"] = ([TILES // constants["BOXES"], 1, BLOCK, BLOCK], BOX_LAYOUT.value)
+    block, box, layout, box_layout = cache_blocks(shape.page_size, TILES // constants["BOXES"])
+    query = [constants["QUERY_ROWS"], BLOCK]
+    boxes = {"q_desc": (query, LAYOUT), "kv_desc": (block, layout), "box_desc": (box, box_layout)}
     types |= {name: f"tensordesc<{dtype}{block},{layout!r}>" for name, (block, layout) in boxes.items()}
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("heads_ptr", "items_ptr"), "*i32!")

@@ -110,6 +110,38 @@ def test_long_parts_that_programs_share(target: Target, units: int) -> None:
     acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=units)))
 
 
+# Lengths about multiples of a block of 64 keys, whose last may begin a page, be inside one or have none of it but keys.
+ENDS = (1, 63, 64, 65, 127, 129, 191, 193, 449)
+LAST_BLOCKS = (
+    Case(ENDS, heads=20, page_size=64, max_query_len=8, content="needle"),
+    Case(ENDS, heads=20, page_size=128, max_query_len=3, content="needle", garbage="hot"),
+    Case(ENDS, heads=20, page_size=192, content="needle"),
+    Case(ENDS, heads=64, rope_dim=0, page_size=256, content="needle"),
+    Case(ENDS, heads=128, page_size=64, max_query_len=2, content="needle", garbage="hot"),
+)
+
+
+@pytest.mark.parametrize(
+    "case", LAST_BLOCKS, ids=lambda case: f"{case.heads}x{case.max_query_len} page {case.page_size}"
+)
+def test_the_last_blocks_of_sequences_wherever_they_are_cut(target: Target, case: Case) -> None:
+    if not target.accepts(case):
+        pytest.skip(f"{target} refuses {case}")
+    problem = target.build(case)
+    for units in (1, 3, 132):
+        acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=units)))
+
+
+def test_pages_that_other_layers_are_between(target: Target) -> None:
+    if target.of_a_library:
+        pytest.skip(f"{target} has a rule of its own for strides")
+    problem = target.build(Case(ENDS, heads=20, page_size=64, content="needle"))
+    layers = torch.full((problem.kv_cache.shape[0], 2, *problem.kv_cache.shape[1:]), torch.nan, dtype=problem.q.dtype)
+    layers = layers.to(problem.q.device)
+    layers[:, 1] = problem.kv_cache
+    acceptance.check(problem, *target.run(problem.with_cache(layers[:, 1])))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("max_query_len", [1, 3])
 def test_a_token_that_outweighs_those_before_it_in_one_piece(target: Target, dtype: str, max_query_len: int) -> None:

@@ -65,7 +65,7 @@ def attention_for(problem: Problem, target: Target, **options: Any) -> MLAAttent
     )
 
 
-# Hopper's kernel has one program a part for 60 rows and two for 128, and twice as many where most parts are idle.
+# Hopper's kernel has one program a part for 60 rows and two for 128, and twice as many where half the parts are idle.
 @pytest.mark.parametrize(
     ("query_lens", "heads", "max_query_len"), [(None, 20, 3), ((1, 3, 0, 2), 20, 3), (None, 128, 1)]
 )

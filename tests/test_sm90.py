@@ -89,6 +89,21 @@ def test_a_cache_is_seen_as_rows_where_its_strides_allow_it() -> None:
     assert page_rows(dense[:1]) == 64
 
 
+def test_a_cache_is_described_by_pages_and_small_ones_by_rows() -> None:
+    if sm90.missing_names():
+        pytest.skip(f"this Triton lacks {sm90.missing_names()}")
+    from portable_mla.backends.nvidia.sm90_runner import cache_descriptors
+
+    layers = torch.empty(5, 2, 128, 576, dtype=torch.bfloat16)
+    pages, boxes = cache_descriptors(layers[:, 1], 256, 4)
+    assert (pages.shape, pages.strides, pages.block_shape) == ([5, 128, 576], [256 * 576, 576, 1], [1, 64, 64])
+    assert (boxes.shape, boxes.strides) == ([9, 5, 128, 64], [64, 256 * 576, 576, 1])
+    assert boxes.block_shape == [4, 1, 64, 64]
+    rows, same = cache_descriptors(torch.empty(5, 2, 32, 576, dtype=torch.bfloat16)[:, 0], 64, 4)
+    assert rows is same
+    assert (rows.shape, rows.strides, rows.block_shape) == ([4 * 64 + 32, 576], [576, 1], [32, 64])
+
+
 def ragged(request: Request, heads: int, max_query_len: int) -> Request:
     """The request with ragged queries."""
     shape = replace(request.shape, heads=heads)
@@ -232,8 +247,9 @@ def test_loads_behind_a_mark_and_no_others_are_rewritten() -> None:
     assert hinted.count(".L2::cache_hint [%r1], [%rd2, {%r3, %r4}], [%r5], policy;") == 2
     assert hinted.count(f"\t{LOAD}") == 1, "the load that no mark precedes"
     assert "@%p1 cp.async" in hinted
-    box = LOAD.replace("2d", "3d")
-    assert sm90_eviction.evict_first(f"{mark}\t{box}\n").count(".L2::cache_hint [%r1]") == 1
+    for dimensions in ("3d", "4d"):
+        box = LOAD.replace("2d", dimensions)
+        assert sm90_eviction.evict_first(f"{mark}\t{box}\n").count(".L2::cache_hint [%r1]") == 1
     for unknown in (f"\t{LOAD}\n", f"{mark}\tcp.async.bulk.tensor.3d.shared [%r1];\n\t{LOAD}\n"):
         assert sm90_eviction.evict_first(unknown) == unknown
 
@@ -267,12 +283,15 @@ def test_no_variant_spills_beyond_its_budget_and_no_wgmma_waits_for_another() ->
     if sm90.missing_names():
         pytest.skip(f"this Triton lacks {sm90.missing_names()}")
     code = """
+import re
+
 from ci import compile_gate, cross_compile
 budgets = compile_gate.read_budgets().get(compile_gate.version(), {}).get("sm90", {})
 for name, request in list(compile_gate.gluon_requests("sm90").items())[1:5:3]:
     compiled = cross_compile.compile_gluon(request)
     used = cross_compile.Resources.of(compiled)
-    assert ".L2::cache_hint" in compiled.asm["ptx"]
+    hinted = set(re.findall(r"tensor\\.(.)d\\.\\S*L2::cache_hint", compiled.asm["ptx"]))
+    assert hinted == (set("234") if request.shape.page_size >= 64 else set("2")), (name, hinted)
     assert cross_compile.serialised_wgmma(compiled) == [], cross_compile.serialised_wgmma(compiled)
     assert used.matrix["HGMMA"] >= 120, used
     if compile_gate.version() == "3.6":  # what the kernel was tuned on

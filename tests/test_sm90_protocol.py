@@ -7,7 +7,7 @@ Each role is a generator that follows its function in sm90_warpgroup_kernels.py 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -96,8 +96,8 @@ def left(room: Room, items: list[int]) -> Role:
             yield room.end(buffer)
 
 
-def right(room: Room, items: list[int]) -> Role:
-    """right_warpgroup."""
+def right(room: Room, items: list[int], zeroes: Sequence[bool]) -> Role:
+    """right_warpgroup. zeroes: whether an item's last odd block has a tail to be zeroed, of small pages alone."""
     count = 0
     for item, blocks in enumerate(filter(None, items)):
         pairs, lone = divmod(blocks, 2)
@@ -112,7 +112,7 @@ def right(room: Room, items: list[int]) -> Role:
             yield room.arrive("free_right0")
             if room.fault != "no meeting":
                 yield room.arrive("weights1")
-        elif pairs:  # zeroes the tail of the last odd block, of both halves
+        elif pairs and zeroes[item]:  # both halves
             for buffer in ("left1", "right1"):
                 yield room.wait(buffer, count + 1)
                 yield room.write(buffer, (item, 0))
@@ -224,11 +224,12 @@ def load_right(room: Room, items: list[int]) -> Role:
 def decode(rng: random.Random, items: list[int], fault: str = "") -> None:
     """One interleaving of a part's warps."""
     room = Room(SIZES, fault)
-    play(rng, room, [role(room, items) for role in (left, right, load_left, load_right)])
+    zeroes = [rng.random() < 0.5 for _ in items]
+    play(rng, room, [left(room, items), right(room, items, zeroes), load_left(room, items), load_right(room, items)])
 
 
 def shapes(rng: random.Random) -> list[int]:
-    """Blocks of each item of a part; none of a faulty request, or of one that has no such rows."""
+    """Blocks of each item of a part; 0 of a faulty request, or of a unit without this program's rows."""
     return [rng.choice((0, 1, 1, 2, 2, 3, 4, 5, 6, 9)) for _ in range(rng.randint(0, 4))]
 
 

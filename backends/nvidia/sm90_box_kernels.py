@@ -8,8 +8,8 @@ from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT
 from portable_mla.backends.nvidia.sm90_sync_kernels import load_once, reinterpret, tma_load
 
 TILE_BYTES = gl.constexpr(64 * 64 * 2)
-TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))  # of rows of a page
-BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))  # of tiles of those
+TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=3))  # of one tile of a page's rows
+BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=4))  # of several such tiles
 
 
 @gluon.jit
@@ -44,7 +44,7 @@ def _row_of_page(position, last, PAGE_SIZE: gl.constexpr):
 
 @gluon.jit
 def block_rows(table_row_ptr, position, last, page_rows, PAGE_SIZE: gl.constexpr):
-    """Where a block is: its page and a row of that; or where pages are smaller, of each the row of the cache."""
+    """Where a block is: its page and the row there; of pages smaller than a block, the cache's row of each."""
     if PAGE_SIZE >= BLOCK:
         cell = position.to(gl.uint32) // PAGE_SIZE
         return gl.load(table_row_ptr + cell), _row_of_page(position, last, PAGE_SIZE)

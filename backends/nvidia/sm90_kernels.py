@@ -37,7 +37,7 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   36.9 -> 35.1, (1, 16, 1024) 9.6 -> 8.4. Without that way, odd pieces scored an empty block: 30.7 -> 35.1.
 - The tail of an odd block zeroed ahead of the loop, in strips of 16 rows, by the warpgroup that is not busy scoring the
   even one: predicted 1 for each request of a ragged batch; part of the line above. Zeroing inside the loop cost 2 to
-  3 % at two query tokens.
+  3 % at two query tokens. Now of pages smaller than a block alone.
 - The way for odd blocks brought the code from 122 to 139 KB, and each item began 1.2 to 1.8 later: (264, 128, 1536),
   four items a part, 219 -> 228. Predicted back with less code: whole and partial results stored one way, packed in
   pairs before lanes exchange them (sm90_store_kernels.py), 118 KB: 218; Azure, 256 requests of 128 heads 195 -> 189.
@@ -80,8 +80,8 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
 - Boxes of a sequence's last keys that end with the last of them, the rest of them of no page, so that TMA reads nothing
   and writes 0: slots behind a sequence are not read, nor zeroed, and 450 instructions are gone. Predicted 2.6 % of the
   bytes of Azure: 32 and 128 requests of 16 heads 23.6 -> 22.9, 75.8 -> 73.6, 256 of 128 heads 187 -> 184, (8, 64, 8192)
-  39.0 -> 37.2. One dimension more a load, and strides that kept the stores of whole results in words of 4 bytes: 421 ->
-  432 at (128, 128, 4096) with two query tokens; with the strides' factors known again 419. Kept.
+  39.0 -> 37.2. With strides whose divisibility the compiler lost on the way, so that whole results were stored in words
+  of 4 bytes, 421 -> 432 at (128, 128, 4096) with two query tokens; with it known again 419. Kept.
 - A rehearsal of the stores while the first loads are under way, so that their code is in the instruction cache at the
   end: predicted 1 at (1, 128, 1024), 11.0 -> 13.2, for it takes longer than the loads. Dropped.
 
@@ -105,7 +105,7 @@ from portable_mla.metadata.head_kernels import HEAD_FIELDS
 def sm90_decode_kernel(
     q_desc,  # descriptor of q as [tokens * HEADS, LATENT + ROPE], block [QUERY_ROWS, 64]
     kv_desc,  # descriptor of the cache, block [1, 64, 64]; of small pages as [rows, columns], block [PAGE_SIZE, 64]
-    box_desc,  # of the cache as [(LATENT + ROPE) / 64, pages, PAGE_SIZE, 64], block [BOX, 1, 64, 64]; or kv_desc
+    box_desc,  # of the cache as [(LATENT + ROPE) / 64, pages, PAGE_SIZE, 64], block [4 / BOXES, 1, 64, 64]; or kv_desc
     kv_ptr,  # what kv_desc describes
     table_header_ptr,  # [3] int64: address of the page table, its row stride, _
     heads_ptr,  # [programs, 16] int32: first item, end, its last two pages, rows, tiles, _, _, that item

@@ -52,14 +52,14 @@ def loads_odd(item, step):
 
 @gluon.jit
 def odd_position(item, step):
-    """First key of that odd block, some key of the item where there is none."""
+    """First key of that odd block, some key of the sequence where there is none."""
     beside = gl.where((item.lone > 0) & (step == 0), -BLOCK, BLOCK)
     return gl.maximum(even_position(item, step) + beside, 0)
 
 
 @gluon.jit
 def _asks_ahead(part, share, LONG: gl.constexpr, FAR: gl.constexpr):
-    """Whether the program asks L2 for blocks ahead. A part's first one does, for both; in the longest parts each, since
+    """Whether the program asks L2 for blocks ahead. A part's first one does, for all; in the longest parts each, since
     one that fell so far behind that L2 has dropped its blocks would wait for each of them, and stay behind."""
     return (share >= LONG) & ((part.rows < ROWS_FIELD) | (share >= FAR))
 
@@ -67,9 +67,10 @@ def _asks_ahead(part, share, LONG: gl.constexpr, FAR: gl.constexpr):
 @gluon.jit
 def _prefetch(cache, row_ptr, position, item, asks, ROPE: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """Bring a block of the next pair into L2."""
+    gl.static_assert(PAGE_SIZE >= BLOCK, "the blocks of small pages are apart")
     if (position >= item.first_block * BLOCK) & asks:
-        rows = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
-        box_ptr = cache.kv_ptr + (rows[0].to(gl.int64) * cache.page_rows + rows[1]) * cache.stride_slot
+        page, row = block_rows(row_ptr, position, item.kv_end - 1, cache.page_rows, PAGE_SIZE)
+        box_ptr = cache.kv_ptr + (page.to(gl.int64) * cache.page_rows + row) * cache.stride_slot
         prefetch_bytes(box_ptr, ((BLOCK - 1) * cache.stride_slot + LATENT + ROPE) * 2)
 
 

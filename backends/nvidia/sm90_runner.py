@@ -46,8 +46,8 @@ class Sm90Runner:
     """Decode with partial results at stable addresses; `run` never syncs.
 
     Queries that TMA cannot see as rows of one matrix are copied into a buffer, which the first such call allocates. A
-    cache that it cannot see so (its address, a stride or the ratio of the two is odd) is served by the portable
-    kernels. The kernel asserts nothing on the device, also under PORTABLE_MLA_DEBUG=1.
+    cache whose address, strides or ratio of strides is odd is served by the portable kernels. The kernel asserts
+    nothing on the device, also under PORTABLE_MLA_DEBUG=1.
     """
 
     def __init__(self, request: Request, portable: Tile, tile: Sm90Tile | None = None) -> None:
@@ -126,8 +126,7 @@ class Sm90Runner:
         decode, combine = self._decode.at(key, self._grid), self._combine.at(key, tokens)
         copied = not _is_rows(q)
         q_desc = self._query_rows(self._dense(q) if copied else q)
-        in_boxes = cache.shape[1] >= BLOCK
-        kv_desc, box_desc = _cache_pages(cache, self._box_tiles) if in_boxes else _cache_rows(cache, rows)
+        kv_desc, box_desc = cache_descriptors(cache, rows, self._box_tiles)
         layout = _Layout(q_desc, kv_desc, box_desc, copied, decode, combine, (tokens, rows, stride_slot), results)
         if decode is self._decode.at(key, self._grid) and combine is self._combine.at(key, tokens):
             inputs.remember(layout)  # a first launch, which compiles, is another each time
@@ -150,7 +149,8 @@ class Sm90Runner:
     def _query_rows(self, q: Tensor) -> TensorDescriptor:
         """q as [tokens * heads, width]."""
         tokens, heads, _ = q.shape
-        return _rows_of(q, tokens * heads, _outer_strides(q)[1], self._query_box)
+        shape, box = [tokens * heads, q.shape[-1]], [self._query_box, BLOCK]
+        return TensorDescriptor(q, shape, [_outer_strides(q)[1], 1], box, LAYOUT)
 
     def _dense(self, q: Tensor) -> Tensor:
         """A copy of queries whose strides TMA cannot follow."""
@@ -198,23 +198,25 @@ def page_rows(cache: Tensor) -> int:
     return stride_page // stride_slot if seen else 0
 
 
-def _cache_rows(cache: Tensor, step: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Descriptors of the cache as rows of its slots, page by page; for both uses."""
-    pages, page_size, _ = cache.shape
-    rows = _rows_of(cache, (pages - 1) * step + page_size, _outer_strides(cache)[1], page_size)
-    return rows, rows
+def cache_blocks(page_size: int, tiles: int) -> tuple[list[int], list[int], Any, Any]:
+    """What the two descriptors of the cache load at once, [rows, columns] behind other dimensions, and its layouts: one
+    tile of 64 columns and `tiles` of them, or for both the rows of a small page."""
+    if page_size < BLOCK:
+        return [page_size, BLOCK], [page_size, BLOCK], LAYOUT, LAYOUT
+    return [1, BLOCK, BLOCK], [tiles, 1, BLOCK, BLOCK], TILE_LAYOUT.value, BOX_LAYOUT.value
 
 
-def _cache_pages(cache: Tensor, tiles: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Descriptors of the cache as it is, a block's 64 columns a box, and as tiles of 64 columns, so many of them a box:
-    what a box has of no page is 0."""
+def cache_descriptors(cache: Tensor, step: int, tiles: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """The cache as pages, and as tiles of 64 columns of those: what is outside a page is read as 0. Small pages are
+    loaded as rows of slots, of which `step` are from page to page."""
     pages, page_size, width = cache.shape
-    strides = list(_outer_strides(cache))
-    rows = TensorDescriptor(cache, [pages, page_size, width], [*strides, 1], [1, BLOCK, BLOCK], TILE_LAYOUT.value)
-    shape, box = [width // BLOCK, pages, page_size, BLOCK], [tiles, 1, BLOCK, BLOCK]
-    return rows, TensorDescriptor(cache, shape, [BLOCK, *strides, 1], box, BOX_LAYOUT.value)
-
-
-def _rows_of(tensor: Tensor, rows: int, stride: int, box: int) -> TensorDescriptor:
-    """Descriptor of a matrix of `rows` rows."""
-    return TensorDescriptor(tensor, [rows, tensor.shape[-1]], [stride, 1], [box, BLOCK], LAYOUT)
+    stride_page, stride_slot = _outer_strides(cache)
+    block, box, layout, box_layout = cache_blocks(page_size, tiles)
+    if page_size < BLOCK:
+        rows = TensorDescriptor(cache, [(pages - 1) * step + page_size, width], [stride_slot, 1], block, layout)
+        return rows, rows
+    shape, strides = [width // BLOCK, pages, page_size, BLOCK], [BLOCK, stride_page, stride_slot, 1]
+    return (
+        TensorDescriptor(cache, [pages, page_size, width], [stride_page, stride_slot, 1], block, layout),
+        TensorDescriptor(cache, shape, strides, box, box_layout),
+    )

@@ -39,8 +39,8 @@ def zero_tail(half, full, phase, valid):
 
 @gluon.jit
 def mask(scores, position, item, part, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """-inf where a row's query token does not see the key. A box of a whole block ends with the last key at most: what
-    it has ahead of the block's first counts as far behind any end."""
+    """-inf where a row's query token does not see the key. A box of a whole block ends no later than the last key: what
+    it has ahead of the block's first gets positions that wrap to far behind any end."""
     key = gl.arange(0, BLOCK, SCORES_KEY)
     if BLOCK_Q == 1:
         end = item.kv_end + gl.zeros([BLOCK], gl.int32, SCORES_ROW)

@@ -94,14 +94,18 @@ def _pairs(acc):
 
 
 @gluon.jit
+def _wide(stride):
+    """A stride in 64 bits; of one of 32, known not to be negative, the upper half needs no register."""
+    return stride.to(gl.uint32).to(gl.int64) if stride.dtype == gl.int32 else stride
+
+
+@gluon.jit
 def _store_whole(bits, first_row, rows, query_start, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
     """Pairs of the result of a unit that was not cut."""
     row = opaque(first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_OF_2))
     token = query_start + row // HEADS
     head = (row % HEADS).to(gl.int64)
-    stride_token = results.stride_out_token.to(gl.uint32)  # that is no negative number needs no register for its sign
-    stride_head = results.stride_out_head.to(gl.uint32)
-    row_start = token.to(gl.int64) * stride_token.to(gl.int64) + head * stride_head.to(gl.int64)
+    row_start = token.to(gl.int64) * _wide(results.stride_out_token) + head * _wide(results.stride_out_head)
     bits = gl.convert_layout(bits, PAIRS_OF_2)
     pair = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_OF_2))
     pair_ptr = results.out_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (row_start // 2)[:, None]

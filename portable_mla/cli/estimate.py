@@ -123,10 +123,10 @@ def _estimate(request: Request, part: Part, shape: PlanShape, block_h: int, work
     parts = itertools.pairwise(plan.part_indptr)
     runs = [sum(high - low for _, low, high, *_ in plan.items[first:last]) for first, last in parts]
     rows = mla.heads * shape.block_q
-    row_tiles = plan.programs or -(-rows // block_h)  # twice the tiles where halves of them are cheaper
-    program_rows = block_h * shape.row_tiles // row_tiles if plan.programs else block_h
+    programs = plan.programs or -(-rows // block_h)  # of a part
+    program_rows = block_h * shape.row_tiles // programs if plan.programs else block_h
     used = [tiles for tiles in runs if tiles] or [0]
-    together = -(-len(used) * row_tiles // request.arch.units)  # programs that one SM or CU has to run
+    together = -(-len(used) * programs // request.arch.units)  # programs that one SM or CU has to run
     width = mla.row_width * mla.q_dtype.itemsize
     keys = sum(used) * shape.block_n * width
     pieces = plan.summary[3]
@@ -146,7 +146,7 @@ def _estimate(request: Request, part: Part, shape: PlanShape, block_h: int, work
     resident = _resident(request, part, work)
     facts = {
         "parts, items, partial results": f"{len(used)}, {len(plan.items)}, {pieces}",
-        "programs": f"{len(used) * row_tiles} of {program_rows} rows, {row_tiles} a part",
+        "programs": f"{len(used) * programs} of {program_rows} rows, {programs} a part",
         "programs that fit one unit": f"{resident} ({work.compiled.registers} registers, {work.compiled.shared} B)",
         "waves": str(max(-(-together // resident), 1)),
         "cycles of a tile": f"{work.matrix:.0f} matrix units, {work.shared:.0f} shared memory",
