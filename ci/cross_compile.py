@@ -122,9 +122,8 @@ def compile_gluon(request: Request) -> Any:
     runner = Sm90Runner(request, Tile(64, 64, 8, 2))
     constants = runner.decode_constants()
     dtype, types = DTYPES[shape.q_dtype], default_types(sm90_decode_kernel)
-    block, box, layout, box_layout = cache_blocks(shape.page_size, TILES // constants["BOXES"])
-    query = [constants["QUERY_ROWS"], BLOCK]
-    boxes = {"q_desc": (query, LAYOUT), "kv_desc": (block, layout), "box_desc": (box, box_layout)}
+    blocks = ([constants["QUERY_ROWS"], BLOCK], LAYOUT), *cache_blocks(shape.page_size, TILES // constants["BOXES"])
+    boxes = dict(zip(("q_desc", "kv_desc", "box_desc"), blocks, strict=True))
     types |= {name: f"tensordesc<{dtype}{block},{layout!r}>" for name, (block, layout) in boxes.items()}
     types |= dict.fromkeys(("kv_ptr", "out_ptr"), f"*{dtype}!")
     types |= dict.fromkeys(("heads_ptr", "items_ptr"), "*i32!")

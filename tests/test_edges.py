@@ -110,7 +110,7 @@ def test_long_parts_that_programs_share(target: Target, units: int) -> None:
     acceptance.check(problem, *target.run_as(problem, arch=replace(target.arch, units=units)))
 
 
-# Lengths about multiples of a block of 64 keys, whose last may begin a page, be inside one or have none of it but keys.
+# Lengths about multiples of 64 keys: their last block is whole, short at the beginning of a page or short inside one.
 ENDS = (1, 63, 64, 65, 127, 129, 191, 193, 449)
 LAST_BLOCKS = (
     Case(ENDS, heads=20, page_size=64, max_query_len=8, content="needle"),
@@ -136,9 +136,7 @@ def test_pages_that_other_layers_are_between(target: Target) -> None:
     if target.of_a_library:
         pytest.skip(f"{target} has a rule of its own for strides")
     problem = target.build(Case(ENDS, heads=20, page_size=64, content="needle"))
-    layers = torch.full((problem.kv_cache.shape[0], 2, *problem.kv_cache.shape[1:]), torch.nan, dtype=problem.q.dtype)
-    layers = layers.to(problem.q.device)
-    layers[:, 1] = problem.kv_cache
+    layers = torch.stack((torch.full_like(problem.kv_cache, torch.nan), problem.kv_cache), 1)
     acceptance.check(problem, *target.run(problem.with_cache(layers[:, 1])))
 
 

@@ -58,10 +58,14 @@ def odd_position(item, step):
 
 
 @gluon.jit
-def _asks_ahead(part, share, LONG: gl.constexpr, FAR: gl.constexpr):
-    """Whether the program asks L2 for blocks ahead. A part's first one does, for all; in the longest parts each, since
-    one that fell so far behind that L2 has dropped its blocks would wait for each of them, and stay behind."""
-    return (share >= LONG) & ((part.rows < ROWS_FIELD) | (share >= FAR))
+def _policy(part, share, LONG: gl.constexpr, FAR: gl.constexpr):
+    """Whether L2 is to drop first what the program loads, and whether the program asks L2 for blocks ahead. A part's
+    first one does, for all; in the longest parts each, since one that fell so far behind that L2 has dropped its blocks
+    would wait for each of them, and stay behind."""
+    if LONG:
+        return share < LONG, (share >= LONG) & ((part.rows < ROWS_FIELD) | (share >= FAR))
+    else:
+        return True, False
 
 
 @gluon.jit
@@ -108,8 +112,7 @@ def load_left(
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
     begun = 0  # steps of the first item
     part, item, pages, share = open_part(work, HEADS)
-    once = True if LONG == 0 else share < LONG
-    asks = False if LONG == 0 else _asks_ahead(part, share, LONG, FAR)
+    once, asks = _policy(part, share, LONG, FAR)
     if (part.start < part.stop) & (item.pairs + item.lone > 0):
         _begin_left(room, cache, q_desc, part, item, pages, once, asks, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)
         used = EVEN_USED + gl.where(loads_odd(item, 0), ODD_USED, 0)
@@ -186,8 +189,7 @@ def load_right(
     used = 0  # EVEN_USED, and ODD_USED until its room was let go of
     begun = 0  # steps of the first item
     part, item, pages, share = open_part(work, HEADS)
-    once = True if LONG == 0 else share < LONG
-    asks = False if LONG == 0 else _asks_ahead(part, share, LONG, FAR)
+    once, asks = _policy(part, share, LONG, FAR)
     if (part.start < part.stop) & (item.pairs + item.lone > 0):
         _begin_right(room, cache, q_desc, part, item, pages, once, asks, HEADS, ROPE, PAGE_SIZE, QUERY_ROWS, LONG)
         used = EVEN_USED + gl.where(loads_odd(item, 0), ODD_USED, 0)

@@ -42,6 +42,11 @@ def sm90_plan_shape(request: Request) -> PlanShape:
     return replace(shape, min_tiles=tile.min_tiles, overhead=tile.overhead, merge_cost=tile.merge_cost)
 
 
+def has_narrow_partials(request: Request) -> bool:
+    """Whether partial results are float16, which keeps more digits than the queries have."""
+    return request.shape.q_dtype is torch.bfloat16
+
+
 class Sm90Runner:
     """Decode with partial results at stable addresses; `run` never syncs.
 
@@ -56,7 +61,7 @@ class Sm90Runner:
         self._rows = request.shape.heads * self.plan_shape.block_q
         self._tile = tile or sm90_tile(self._rows)
         self._grid = (self.plan_shape.parts * self.plan_shape.row_tiles,)
-        narrow = request.shape.q_dtype is torch.bfloat16  # float16 keeps more digits than that
+        narrow = has_narrow_partials(request)
         self.partials = Partials.of(request, self.plan_shape, torch.float16 if narrow else torch.float32)
         constants = self.decode_constants()
         self._query_box: int = constants["QUERY_ROWS"]
@@ -198,12 +203,13 @@ def page_rows(cache: Tensor) -> int:
     return stride_page // stride_slot if seen else 0
 
 
-def cache_blocks(page_size: int, tiles: int) -> tuple[list[int], list[int], Any, Any]:
-    """What the two descriptors of the cache load at once, [rows, columns] behind other dimensions, and its layouts: one
-    tile of 64 columns and `tiles` of them, or for both the rows of a small page."""
+def cache_blocks(page_size: int, tiles: int) -> tuple[tuple[list[int], Any], tuple[list[int], Any]]:
+    """Block and layout of each of the two descriptors of the cache: one tile of 64 columns of a page's rows and `tiles`
+    of them, or for both all rows of a small page."""
     if page_size < BLOCK:
-        return [page_size, BLOCK], [page_size, BLOCK], LAYOUT, LAYOUT
-    return [1, BLOCK, BLOCK], [tiles, 1, BLOCK, BLOCK], TILE_LAYOUT.value, BOX_LAYOUT.value
+        rows = ([page_size, BLOCK], LAYOUT)
+        return rows, rows
+    return ([1, BLOCK, BLOCK], TILE_LAYOUT.value), ([tiles, 1, BLOCK, BLOCK], BOX_LAYOUT.value)
 
 
 def cache_descriptors(cache: Tensor, step: int, tiles: int) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -211,12 +217,10 @@ def cache_descriptors(cache: Tensor, step: int, tiles: int) -> tuple[TensorDescr
     loaded as rows of slots, of which `step` are from page to page."""
     pages, page_size, width = cache.shape
     stride_page, stride_slot = _outer_strides(cache)
-    block, box, layout, box_layout = cache_blocks(page_size, tiles)
+    block, box = cache_blocks(page_size, tiles)
     if page_size < BLOCK:
-        rows = TensorDescriptor(cache, [(pages - 1) * step + page_size, width], [stride_slot, 1], block, layout)
+        rows = TensorDescriptor(cache, [(pages - 1) * step + page_size, width], [stride_slot, 1], *block)
         return rows, rows
     shape, strides = [width // BLOCK, pages, page_size, BLOCK], [BLOCK, stride_page, stride_slot, 1]
-    return (
-        TensorDescriptor(cache, [pages, page_size, width], [stride_page, stride_slot, 1], block, layout),
-        TensorDescriptor(cache, shape, strides, box, box_layout),
-    )
+    whole = TensorDescriptor(cache, [*cache.shape], [stride_page, stride_slot, 1], *block)
+    return whole, TensorDescriptor(cache, shape, strides, *box)

@@ -121,13 +121,13 @@ def _store_wide(acc, norm, rows, query_start, slot, first_row, results, FIRST: g
         bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
         _store_whole(bits, first_row, rows, query_start, results, FIRST, HEADS)
     else:
-        _store_floats(acc, opaque(first_row), rows, slot, results, FIRST)
+        _store_floats(acc, first_row, rows, slot, results, FIRST)
 
 
 @gluon.jit
 def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
     """A partial result in float32."""
-    row = first_row + gl.arange(0, BLOCK, ACC_ROW)
+    row = opaque(first_row) + gl.arange(0, BLOCK, ACC_ROW)
     column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ACC))
     piece_row = _piece_row(row, slot, results) * LATENT
     partial_ptr = results.partial_out_ptr + piece_row[:, None] + column[None, :].to(gl.int64)
@@ -139,7 +139,7 @@ def _store_in_place(bits, first_row, rows, slot, results, FIRST: gl.constexpr):
     """A partial result in the accumulator's order: of each 32 columns, a 4 by 4 matrix of pairs is transposed."""
     bits = gl.permute(gl.reshape(bits, [BLOCK, HALF // 32, 4, 4]), [0, 1, 3, 2])
     bits = gl.convert_layout(gl.reshape(bits, [BLOCK, HALF // 2]), PAIRS_IN_PLACE, assert_trivial=True)
-    row = first_row + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_IN_PLACE))
+    row = opaque(first_row) + gl.arange(0, BLOCK, gl.SliceLayout(1, PAIRS_IN_PLACE))
     place = FIRST // 2 + gl.arange(0, HALF // 2, gl.SliceLayout(0, PAIRS_IN_PLACE))
     base_ptr = results.partial_out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     pair_ptr = base_ptr + (_piece_row(row, slot, results) * LATENT // 2)[:, None] + place[None, :].to(gl.int64)
@@ -159,7 +159,7 @@ def _store_narrow(
     if whole:
         _store_whole(bits, first_row, rows, query_start, results, FIRST, HEADS)
     else:
-        _store_in_place(bits, opaque(first_row), rows, slot, results, FIRST)
+        _store_in_place(bits, first_row, rows, slot, results, FIRST)
     if FIRST == 0:
         peak_row = first_row + gl.arange(0, BLOCK, ACC_ROW)
         peak_ptr = results.partial_stats_ptr + NARROW_STATS * _piece_row(peak_row, slot, results) + 2

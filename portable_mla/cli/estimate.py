@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from portable_mla.cli.hardware import PARTS, Part
 from portable_mla.cli.report import Section
 from portable_mla.dispatch import load
@@ -199,13 +197,15 @@ def times_scored(request: Request, tile: Tile, compiled: Compiled) -> int:
 
 def gluon_work(request: Request, part: Part) -> Work:
     """Of Hopper's Gluon kernel and one block of keys; its two warpgroups share two of them at once."""
+    from portable_mla.backends.nvidia.sm90_runner import has_narrow_partials
+
     shape = request.shape
     operations = 2 * GLUON_ROWS * GLUON_KEYS * (shape.row_width + shape.latent_dim)
     traffic = (GLUON_KEYS * (2 * shape.row_width + shape.latent_dim) + GLUON_ROWS * shape.row_width) * 2
     compiled = compiled_kernel(request.arch.name, f"gluon 512+{shape.rope_dim}")
     return Work(
         operations / part.matrix["HGMMA"], traffic / part.shared, GLUON_WARPS, request.arch.wave, compiled,
-        at_once=True, narrow=shape.q_dtype is torch.bfloat16,
+        at_once=True, narrow=has_narrow_partials(request),
     )  # fmt: skip
 
 
