@@ -59,11 +59,11 @@ def odd_position(item, step):
 
 @gluon.jit
 def _policy(part, share, LONG: gl.constexpr, FAR: gl.constexpr):
-    """Whether L2 is to drop first what the program loads, and whether the program asks L2 for blocks ahead. A part's
-    first one does, for all; in the longest parts each, since one that fell so far behind that L2 has dropped its blocks
-    would wait for each of them, and stay behind."""
+    """Whether L2 is to drop first what the program loads, and whether the program asks L2 for blocks ahead: a part's
+    first one does, for all. In the longest parts none does, where the others would fall so far behind it that L2 had
+    dropped their blocks again."""
     if LONG:
-        return share < LONG, (share >= LONG) & ((part.rows < ROWS_FIELD) | (share >= FAR))
+        return share < LONG, (share >= LONG) & (share < FAR) & (part.rows < ROWS_FIELD)
     else:
         return True, False
 

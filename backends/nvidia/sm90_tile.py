@@ -16,7 +16,7 @@ class Sm90Tile:
     overhead: int = 2  # what starting a unit costs, in such tiles
     merge_cost: int = 48  # what merging a piece of a unit costs, in 256ths of such a tile
     long: int = 0  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
-    far: int = 0  # tiles of parts all of whose programs ask for them, and not the first alone; 0: of `long` ones
+    far: int = 0  # tiles of parts whose keys are kept all the same, but not asked for
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
     boxes: int = 2  # TMA loads of half a block, where pages hold whole blocks
@@ -45,9 +45,11 @@ def sm90_tile(rows: int) -> Sm90Tile:
         # requests 204 208 213. By each item's length instead: 226 there, since items that are asked ahead and items
         # that are not slow each other down. A part's next item asked ahead too: level, dropped
         # With the first program alone asking, the other fell so far behind in long parts, when the clock fell with the
-        # power, that L2 had dropped its blocks: at 256 requests of Mooncake 5.3 to 5.9 GB were read, not 4.7. Each asks
-        # from parts of 200 tiles on: predicted level with never, 1795; 2010 to 2090 -> 1801 to 1815, at 128 requests
-        # 890 to 980 -> 830 to 904. In shorter parts that costs 3 %, (128, 128, 4096) 238 and 247
+        # power, that L2 had dropped its blocks: at 256 requests of Mooncake 5.3 to 5.9 GB were read, not 4.7. Each
+        # asking from parts of 200 tiles on: 2010 to 2090 -> 1801 to 1815; in shorter parts that costs 3 %, (128, 128,
+        # 4096) 238 and 247. None asking there instead, predicted as fast with less power: 256 and 128 requests after a
+        # rest 1637 to 1772 -> 1679 to 1726, 820 -> 858, at the power limit 1932 to 2016 -> 1914 to 1937, 922 -> 902
+        # with 5 % less energy. Keys dropped first there too: 1700 to 1728 and 868, 1933 to 1957 and 902
         return Sm90Tile(overhead=3, long=80, far=200)
     # Four programs share a part and three of them find it in L2: (128, 128, 4096) with two query tokens 470, asked
     # ahead 472. With two loads of half a block, then one: 435.6 and 425.9; with 128 rows level, (1, 16, 8192) 12.9

@@ -114,8 +114,10 @@ def left_warpgroup(
     """Scores of the even blocks, output columns 0..255.
 
     The next pair's scores are waited for before the loop goes round: an accumulator in flight across the back edge
-    makes ptxas wait after every wgmma.
+    makes ptxas wait after every wgmma. Of pairs every row sees all but the end of the last one: of its even block the
+    first query tokens may not see some, and the last token sees it all.
     """
+    gl.static_assert(BLOCK_Q <= BLOCK)
     phase = 0
     query_phase = 0
     part, item, _pages, _share = open_part(work, HEADS)
@@ -142,7 +144,7 @@ def left_warpgroup(
                 q_rope = wait_query(room, query_phase, ROPE)
                 position -= 2 * BLOCK
                 scores = _score_even(room, q_rope, phase, ROPE)
-                if position + 2 * BLOCK > item.all_see:
+                if BLOCK_Q > 1 and position + BLOCK > item.all_see:
                     scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                 for _pair in range(item.pairs - 1):
                     acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
@@ -158,8 +160,6 @@ def left_warpgroup(
                     scores = score_half(query.slice(HALF, HALF, 1), even, room.even.right_full, phase, scores, False)
                     scores = score_rope(q_rope, room.even, phase, scores, ROPE)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
-                    if BLOCK_Q > 2 and position + 2 * BLOCK > item.all_see:
-                        scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                 arrive(FREE_QUERY, QUERY_THREADS)
                 acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                 phase ^= 1
