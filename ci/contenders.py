@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ SCALE = 192**-0.5
 # call of the same contender.
 COLD_BYTES = 3e9
 MOST_CACHES = 128
+REST = 0.3  # seconds before a contender is timed: none begins at a clock that the one before has brought down
 DEVICE = "cuda"
 
 
@@ -83,7 +85,7 @@ def apart(calls: Calls) -> list[Callable[[], object]]:
 
 
 def graph_us(calls: Sequence[Callable[[], object]], *, least: int = 4, replays: int = 15) -> float:
-    """Median microseconds of one call, of a graph that makes all of them at least `least` times."""
+    """Median microseconds of one call, of a graph that makes all of them at least `least` times, after a rest."""
     rounds = max(1, -(-least // len(calls)))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,6 +98,8 @@ def graph_us(calls: Sequence[Callable[[], object]], *, least: int = 4, replays: 
         for _ in range(rounds):
             for call in calls:
                 call()
+    torch.cuda.synchronize()
+    time.sleep(REST)
     times = []
     for index in range(replays + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -105,6 +109,20 @@ def graph_us(calls: Sequence[Callable[[], object]], *, least: int = 4, replays: 
         stop.synchronize()
         if index >= 2:
             times.append(start.elapsed_time(stop) * 1e3 / (rounds * len(calls)))
+    return statistics.median(times)
+
+
+def host_us(calls: Sequence[Callable[[], object]], *, rounds: int = 15) -> float:
+    """Median microseconds of one call, by the host's clock and without a graph, of rounds of all of them."""
+    times = []
+    for index in range(rounds + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        if index >= 2:
+            times.append((time.perf_counter() - start) * 1e6 / len(calls))
     return statistics.median(times)
 
 

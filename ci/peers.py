@@ -1,4 +1,7 @@
-"""Peers: what this library's decode is compared with, over the problems of contenders.py."""
+"""Peers: what this library's decode is compared with, over the problems of contenders.py.
+
+planned: whether each call plans its step first, where a library has a plan that calls of a step can share.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def vllm(problem: Problem, splits: int | None = None) -> Calls:
 
 
 def flash_mla(problem: Problem, *, planned: bool = False) -> Calls:
-    """The flash_mla package (sgl-flash-mla), which plans in the first call of a schedule. planned: in each call."""
+    """The flash_mla package (sgl-flash-mla), which plans in the first call of a schedule."""
     import flash_mla as library  # type: ignore[import-not-found]
 
     batch, queries = problem.batch, _by_request(problem)
@@ -52,8 +55,8 @@ def flash_mla(problem: Problem, *, planned: bool = False) -> Calls:
     return [lambda c=c: call(c) for c in problem.caches]
 
 
-def vllm_flash_mla(problem: Problem) -> Calls:
-    """FlashMLA as vLLM builds it; planned before."""
+def vllm_flash_mla(problem: Problem, *, planned: bool = False) -> Calls:
+    """FlashMLA as vLLM builds it."""
     importlib.import_module("vllm.third_party.flashmla.flash_mla_interface")  # registers the operator
     batch, queries = problem.batch, _by_request(problem)
     lens, table, causal = batch.kv_lens, batch.block_table, batch.max_query_len > 1
@@ -64,32 +67,37 @@ def vllm_flash_mla(problem: Problem) -> Calls:
         )
         return found
 
-    schedule = decode(problem.caches[0], None, None)[2:4]
+    schedule = (None, None) if planned else decode(problem.caches[0], None, None)[2:4]
     return [lambda c=c: decode(c, *schedule)[0] for c in problem.caches]
 
 
-def flash_attn3(problem: Problem) -> Calls:
-    """FlashAttention-3 as vLLM builds it, the latent part of Q as its q_v."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+def flash_attn3(problem: Problem, *, planned: bool = False) -> Calls:
+    """FlashAttention-3 as vLLM builds it, the latent part of Q as its q_v; a call without a schedule makes its own."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata  # type: ignore[import-not-found]
 
-    batch = problem.batch
+    batch, heads = problem.batch, problem.q.shape[1]
     rope, latent = (part.contiguous() for part in (problem.q[..., LATENT:], problem.q[..., :LATENT]))
     query_len, longest = batch.max_query_len, max(problem.kv_lens)
     starts = torch.arange(0, problem.q.shape[0] + 1, query_len, dtype=torch.int32, device=DEVICE)
+
+    schedule = None if planned else get_scheduler_metadata(
+        len(problem.kv_lens), query_len, longest, heads, 1, ROPE, batch.kv_lens, problem.q.dtype, LATENT, starts,
+        page_size=PAGE_SIZE, causal=True,
+    )  # fmt: skip
 
     def call(cache: Tensor) -> Tensor:
         out: Tensor = flash_attn_varlen_func(
             q=rope, k=cache[:, :, None, LATENT:], v=cache[:, :, None, :LATENT], q_v=latent, cu_seqlens_q=starts,
             max_seqlen_q=query_len, max_seqlen_k=longest, seqused_k=batch.kv_lens, block_table=batch.block_table,
-            softmax_scale=SCALE, causal=True, fa_version=3,
+            softmax_scale=SCALE, causal=True, scheduler_metadata=schedule, fa_version=3,
         )  # fmt: skip
         return out
 
     return [lambda c=c: call(c) for c in problem.caches]
 
 
-def flashinfer(problem: Problem) -> Calls:
-    """FlashInfer's MLA wrapper, planned on the host before."""
+def flashinfer(problem: Problem, *, planned: bool = False) -> Calls:
+    """FlashInfer's MLA wrapper, whose plan is made on the host, which no graph can capture."""
     import flashinfer as library  # type: ignore[import-not-found]
 
     batch, (tokens, heads, _) = problem.batch, problem.q.shape
@@ -101,13 +109,19 @@ def flashinfer(problem: Problem) -> Calls:
     wrapper = library.mla.BatchMLAPagedAttentionWrapper(
         torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE), backend="fa3"
     )  # fmt: skip
-    wrapper.plan(
-        starts, indptr, indices, batch.kv_lens, heads, LATENT, ROPE, PAGE_SIZE, batch.max_query_len > 1, SCALE,
-        torch.bfloat16, torch.bfloat16,
-    )  # fmt: skip
+
+    def plan() -> None:
+        wrapper.plan(
+            starts, indptr, indices, batch.kv_lens, heads, LATENT, ROPE, PAGE_SIZE, batch.max_query_len > 1, SCALE,
+            torch.bfloat16, torch.bfloat16,
+        )  # fmt: skip
+
+    plan()
     latent, rope = (part.contiguous() for part in (problem.q[..., :LATENT], problem.q[..., LATENT:]))
 
     def call(cache: Tensor) -> Tensor:
+        if planned:
+            plan()
         out: Tensor = wrapper.run(latent, rope, cache[..., :LATENT], cache[..., LATENT:])
         return out
 
