@@ -26,7 +26,8 @@ SCALE = 192**-0.5
 # call of the same contender.
 COLD_BYTES = 3e9
 MOST_CACHES = 128
-REST = 0.3  # seconds before a contender is timed: none begins at a clock that the one before has brought down
+REST = 0.3  # seconds before a contender is timed: none begins at a clock that the one before has brought down,
+WARM = 0.03  # and of replays before they count: nor at one that has rested
 DEVICE = "cuda"
 
 
@@ -100,15 +101,18 @@ def graph_us(calls: Sequence[Callable[[], object]], *, least: int = 4, replays: 
                 call()
     torch.cuda.synchronize()
     time.sleep(REST)
+    begun = time.perf_counter()
+    while time.perf_counter() < begun + WARM:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
-    for index in range(replays + 2):
+    for _ in range(replays):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        if index >= 2:
-            times.append(start.elapsed_time(stop) * 1e3 / (rounds * len(calls)))
+        times.append(start.elapsed_time(stop) * 1e3 / (rounds * len(calls)))
     return statistics.median(times)
 
 

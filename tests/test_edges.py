@@ -158,6 +158,19 @@ def test_a_lone_request_is_split_anywhere(target: Target, kv_len: int, max_query
     solve(target, Case((kv_len,), heads=16, page_size=64, content="split_skew", max_query_len=max_query_len))
 
 
+def test_columns_keep_their_digits_beside_larger_ones(target: Target) -> None:
+    """Half of the columns 2**20 times smaller, and the queries' as much larger: the same scores, bit for bit, and that
+    half of the result 2**20 times smaller."""
+    problem = build(Case((5000, 130, 700), heads=64, page_size=64, content="iid"), target.device)
+    out, lse = target.run(problem)
+    small = [tensor.clone() for tensor in (problem.q, problem.kv_cache)]
+    for tensor, scale in zip(small, (2.0**20, 2.0**-20), strict=True):
+        tensor[..., :256] *= scale
+    scaled, same_lse = target.run(problem.with_q(small[0]).with_cache(small[1]))
+    assert torch.equal(scaled[..., :256] * 2.0**20, out[..., :256]), "the small half"
+    assert torch.equal(scaled[..., 256:], out[..., 256:]) and torch.equal(same_lse, lse), "the other half"
+
+
 def test_many_short_requests_share_a_program(target: Target) -> None:
     lens = tuple(1 + 7 * index % 90 for index in range(700))
     solve(target, Case(lens, heads=2, latent_dim=128, rope_dim=32, content="iid"))

@@ -88,7 +88,6 @@ def left(room: Room, items: list[int]) -> Role:
             yield room.arrive("free_left1")
         yield room.write("sum0", item)
         yield room.write("gain0", item)
-        yield room.write("peak0", item)
         yield room.arrive("weights0")
         yield from room.meet("left", "weights1", COMPUTE)
         for buffer in ("sum1", "gain1", "peak1"):
@@ -151,7 +150,7 @@ def right(room: Room, items: list[int], zeroes: Sequence[bool]) -> Role:
         yield from room.meet("right", "weights0", COMPUTE)
         if room.fault != "arrive before meeting":
             yield room.arrive("weights1")
-        for buffer in ("sum0", "gain0", "peak0"):
+        for buffer in ("sum0", "gain0"):
             yield room.begin(buffer, item)
             yield room.end(buffer)
 

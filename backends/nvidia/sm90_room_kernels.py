@@ -53,13 +53,12 @@ class Room:
     sum1: gl.shared_memory_descriptor
     gain0: gl.shared_memory_descriptor
     gain1: gl.shared_memory_descriptor
-    peak0: gl.shared_memory_descriptor
     peak1: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(
         self, query, query_left_full, query_right_full, query_rope_full, even, odd, weights0, weights1, level0,
-        level1, sum0, sum1, gain0, gain1, peak0, peak1,
+        level1, sum0, sum1, gain0, gain1, peak1,
     ):  # fmt: skip
         self.query = query
         self.query_left_full = query_left_full
@@ -75,7 +74,6 @@ class Room:
         self.sum1 = sum1
         self.gain0 = gain0
         self.gain1 = gain1
-        self.peak0 = peak0
         self.peak1 = peak1
 
 
@@ -209,7 +207,7 @@ def new_room(DTYPE: gl.constexpr, BOXES: gl.constexpr):
     return Room(
         new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_barrier(), new_block(DTYPE, BOXES),
         new_block(DTYPE, BOXES), new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(),
-        new_vector(), new_vector(), new_vector(), new_vector(), new_vector(), new_vector(),
+        new_vector(), new_vector(), new_vector(), new_vector(), new_vector(),
     )  # fmt: skip
 
 

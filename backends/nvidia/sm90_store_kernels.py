@@ -5,8 +5,7 @@ from triton.experimental.gluon import language as gl
 
 from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, LATENT, rows_of
 from portable_mla.backends.nvidia.sm90_score_kernels import ACC, ACC_ROW, SCORES_ROW
-from portable_mla.backends.nvidia.sm90_softmax_kernels import normaliser
-from portable_mla.backends.nvidia.sm90_sync_kernels import multiply, opaque, pack_pairs
+from portable_mla.backends.nvidia.sm90_sync_kernels import opaque, pack_pairs
 from portable_mla.backends.triton.combine_kernels import NARROW_STATS, WIDE_STATS
 from portable_mla.backends.triton.decode_kernels import LN_2
 from portable_mla.metadata.status_kernels import QUERY_TOKENS
@@ -38,46 +37,20 @@ LEAST_PEAK = gl.constexpr(2.0**-120)  # its reciprocal is finite
 
 
 @gluon.jit
-def tell_peak(acc, slot, vector, results):
-    """The largest magnitude of each row, told to the other warpgroup; nothing where no float16 is to be written."""
-    peak = gl.full([BLOCK], 1.0, gl.float32, ACC_ROW)
-    if results.partial_out_ptr.dtype.element_ty != gl.float32:  # noqa: SIM102 a constant, then a value
-        if slot >= 0:
-            peak = gl.max(gl.abs(acc), 1)
-            vector.store(peak)
-    return peak
-
-
-@gluon.jit
-def hear_peak(peak, slot, vector, results):
-    """The largest magnitude of each row over both warpgroups' columns."""
-    if results.partial_out_ptr.dtype.element_ty != gl.float32:  # noqa: SIM102 a constant, then a value
-        if slot >= 0:
-            peak = gl.maximum(peak, vector.load(ACC_ROW))
-    return peak
-
-
-@gluon.jit
 def _piece_row(row, slot, results):
     """Which of all partial results' rows a row of a piece is."""
     return slot.to(gl.int64) * opaque(results.max_rows) + row
 
 
 @gluon.jit
-def _store_stats(log2_level, row_sum, row, valid, slot, query_start, results, HEADS: gl.constexpr):
-    """LSE of a whole unit, or level and sum of a piece: their logarithm would lose the sum's digits."""
-    if slot < 0:
-        token = query_start + row // HEADS
-        lse_row = token.to(gl.int64) * results.stride_lse_token + (row % HEADS).to(gl.int64) * results.stride_lse_head
-        empty = row_sum == 0.0
-        log2_sum = log2_level + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
-        lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
-        gl.store(results.lse_ptr + lse_row, lse, mask=valid)
-    else:
-        STATS: gl.constexpr = WIDE_STATS if results.partial_out_ptr.dtype.element_ty == gl.float32 else NARROW_STATS
-        stats_ptr = results.partial_stats_ptr + STATS * _piece_row(row, slot, results)
-        gl.store(stats_ptr, log2_level, mask=valid)
-        gl.store(stats_ptr + 1, row_sum, mask=valid)
+def _store_lse(log2_level, row_sum, row, rows, query_start, results, HEADS: gl.constexpr):
+    """LSE of a whole unit."""
+    token = query_start + row // HEADS
+    lse_row = token.to(gl.int64) * results.stride_lse_token + (row % HEADS).to(gl.int64) * results.stride_lse_head
+    empty = row_sum == 0.0
+    log2_sum = log2_level + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
+    lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
+    gl.store(results.lse_ptr + lse_row, lse, mask=row < rows)
 
 
 @gluon.jit
@@ -113,25 +86,13 @@ def _store_whole(bits, first_row, rows, query_start, results, FIRST: gl.constexp
 
 
 @gluon.jit
-def _store_wide(acc, norm, rows, query_start, slot, first_row, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
-    """The result of a unit that was not cut, or a partial one in float32."""
-    acc = acc * norm[:, None]
-    if slot < 0:
-        left, right = _pairs(acc)
-        bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
-        _store_whole(bits, first_row, rows, query_start, results, FIRST, HEADS)
-    else:
-        _store_floats(acc, first_row, rows, slot, results, FIRST)
-
-
-@gluon.jit
-def _store_floats(acc, first_row, rows, slot, results, FIRST: gl.constexpr):
+def _store_floats(acc, norm, first_row, rows, slot, results, FIRST: gl.constexpr):
     """A partial result in float32."""
     row = opaque(first_row) + gl.arange(0, BLOCK, ACC_ROW)
     column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ACC))
     piece_row = _piece_row(row, slot, results) * LATENT
     partial_ptr = results.partial_out_ptr + piece_row[:, None] + column[None, :].to(gl.int64)
-    gl.store(partial_ptr, acc, mask=(row < rows)[:, None])
+    gl.store(partial_ptr, acc * norm[:, None], mask=(row < rows)[:, None])
 
 
 @gluon.jit
@@ -147,46 +108,68 @@ def _store_in_place(bits, first_row, rows, slot, results, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _store_narrow(
-    acc, norm, peak, rows, query_start, slot, first_row, results, FIRST: gl.constexpr, HEADS: gl.constexpr
-):
-    """The same where a partial one is float16, in units of each row's peak, which loses 2**-12 of what bfloat16 does.
-    Both are scaled by the same code, for less of it to fetch."""
-    whole = slot < 0
-    peak = gl.maximum(peak * norm, gl.full_like(peak, LEAST_PEAK))
-    left, right = _pairs(acc * gl.where(whole, norm, norm * (1.0 / peak))[:, None])
-    bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty) if whole else pack_pairs(left, right, gl.float16)
-    if whole:
-        _store_whole(bits, first_row, rows, query_start, results, FIRST, HEADS)
-    else:
-        _store_in_place(bits, first_row, rows, slot, results, FIRST)
-    if FIRST == 0:
-        peak_row = first_row + gl.arange(0, BLOCK, ACC_ROW)
-        peak_ptr = results.partial_stats_ptr + NARROW_STATS * _piece_row(peak_row, slot, results) + 2
-        gl.store(peak_ptr, peak, mask=(peak_row < rows) & (slot >= 0))
+def _stored_rows(part, item, results, HEADS: gl.constexpr):
+    """The program's first row, and the end of those that q has: rows that it does not have arrived as zeros."""
+    first_row, end_row = rows_of(part)
+    query_end = gl.minimum(item.query_start + item.query_len, results.tokens)
+    return first_row, gl.minimum((query_end - item.query_start) * HEADS, end_row)
 
 
 @gluon.jit
-def store_item(
-    acc, level, row_sum, gain, scale, peak, part, item, results, DTYPE: gl.constexpr, FIRST: gl.constexpr,
-    HEADS: gl.constexpr,
-):  # fmt: skip
-    """Normalises and writes columns FIRST..FIRST + 255; the left warpgroup also writes what the rows summed to.
+def is_wide(item, results):
+    """Whether an item's result is of a unit that was not cut, or float32."""
+    return results.partial_out_ptr.dtype.element_ty == gl.float32 or item.slot < 0
 
-    Rows that q does not have arrived as zeros and are not written; the left warpgroup reports their request.
-    """
-    first_row, end_row = rows_of(part)
-    query_start = item.query_start
-    query_end = query_start + item.query_len
-    rows = gl.minimum((gl.minimum(query_end, results.tokens) - query_start) * HEADS, end_row)
-    log2_level = multiply(level, scale)
-    norm = gl.convert_layout(normaliser(level, row_sum, gain, scale, DTYPE), ACC_ROW)
-    if results.partial_out_ptr.dtype.element_ty == gl.float32:
-        _store_wide(acc, norm, rows, query_start, item.slot, first_row, results, FIRST, HEADS)
+
+@gluon.jit
+def store_narrow(acc, right_vector, part, item, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+    """Columns FIRST..FIRST + 255 of a partial result as float16, which loses 2**-12 of what bfloat16 does: in units of
+    each row's peak, which is returned, and told by the right warpgroup. What rows sum to need not be known. Else
+    nothing."""
+    peak = gl.full([BLOCK], 1.0, gl.float32, ACC_ROW)
+    if results.partial_out_ptr.dtype.element_ty != gl.float32:  # noqa: SIM102 a constant, then a value
+        if item.slot >= 0:
+            peak = gl.maximum(gl.max(gl.abs(acc), 1), gl.full_like(peak, LEAST_PEAK))
+            if FIRST > 0:
+                right_vector.store(peak)
+            first_row, rows = _stored_rows(part, item, results, HEADS)
+            left, right = _pairs(acc * (1.0 / peak)[:, None])
+            _store_in_place(pack_pairs(left, right, gl.float16), first_row, rows, item.slot, results, FIRST)
+    return peak
+
+
+@gluon.jit
+def store_wide(acc, norm, part, item, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
+    """Columns FIRST..FIRST + 255 of the result of a unit that was not cut, or of a partial one in float32."""
+    first_row, rows = _stored_rows(part, item, results, HEADS)
+    norm = gl.convert_layout(norm, ACC_ROW)
+    if item.slot < 0:
+        left, right = _pairs(acc * norm[:, None])
+        bits = pack_pairs(left, right, results.out_ptr.dtype.element_ty)
+        _store_whole(bits, first_row, rows, item.query_start, results, FIRST, HEADS)
+    elif results.partial_out_ptr.dtype.element_ty == gl.float32:
+        _store_floats(acc, norm, first_row, rows, item.slot, results, FIRST)
+
+
+@gluon.jit
+def store_stats(
+    log2_level, row_sum, norm, left_peak, right_vector, part, item, results, HEADS: gl.constexpr
+):  # fmt: skip
+    """LSE of a whole unit; of a piece level and sum, whose logarithm would lose the sum's digits, and of a float16 one
+    what each half of the columns is in units of. The request is reported whose rows q does not have."""
+    first_row, rows = _stored_rows(part, item, results, HEADS)
+    row = first_row + gl.arange(0, BLOCK, SCORES_ROW)
+    if item.slot < 0:
+        _store_lse(log2_level, row_sum, row, rows, item.query_start, results, HEADS)
     else:
-        _store_narrow(acc, norm, peak, rows, query_start, item.slot, first_row, results, FIRST, HEADS)
-    if FIRST == 0:
-        row = first_row + gl.arange(0, BLOCK, SCORES_ROW)
-        _store_stats(log2_level, row_sum, row, row < rows, item.slot, query_start, results, HEADS)
-        if query_end > results.tokens:
-            _report_missing(results, item.request, query_end)
+        NARROW: gl.constexpr = results.partial_out_ptr.dtype.element_ty != gl.float32
+        STATS: gl.constexpr = NARROW_STATS if NARROW else WIDE_STATS
+        stats_ptr = results.partial_stats_ptr + STATS * _piece_row(row, item.slot, results)
+        gl.store(stats_ptr, log2_level, mask=row < rows)
+        gl.store(stats_ptr + 1, row_sum, mask=row < rows)
+        if NARROW:
+            unit = row_sum * norm
+            gl.store(stats_ptr + 2, unit * gl.convert_layout(left_peak, SCORES_ROW), mask=row < rows)
+            gl.store(stats_ptr + 3, unit * right_vector.load(SCORES_ROW), mask=row < rows)
+    if item.query_start + item.query_len > results.tokens:
+        _report_missing(results, item.request, item.query_start + item.query_len)

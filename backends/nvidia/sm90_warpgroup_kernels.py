@@ -22,8 +22,8 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     wait_query,
     zero_tail,
 )
-from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, raise_level, rounding_gain, weigh
-from portable_mla.backends.nvidia.sm90_store_kernels import hear_peak, store_item, tell_peak
+from portable_mla.backends.nvidia.sm90_softmax_kernels import growth, normaliser, raise_level, rounding_gain, weigh
+from portable_mla.backends.nvidia.sm90_store_kernels import is_wide, store_narrow, store_stats, store_wide
 from portable_mla.backends.nvidia.sm90_sync_kernels import (
     FREE_LEFT_0,
     FREE_LEFT_1,
@@ -169,13 +169,14 @@ def left_warpgroup(
             room.sum0.store(row_sum)
             gain = rounding_gain(largest, level, scale, room.weights0.dtype)
             room.gain0.store(gain)
-            peak = tell_peak(acc, item.slot, room.peak0, results)
             arrive(WEIGHTS_0, PAIR_THREADS)
+            peak = store_narrow(acc, room.peak1, part, item, results, 0, HEADS)
             meet(WEIGHTS_1, PAIR_THREADS)
             row_sum += room.sum1.load(SCORES_ROW)
             gain += room.gain1.load(SCORES_ROW)
-            peak = hear_peak(peak, item.slot, room.peak1, results)
-            store_item(acc, level, row_sum, gain, scale, peak, part, item, results, room.weights0.dtype, 0, HEADS)
+            norm = normaliser(level, row_sum, gain, scale, room.weights0.dtype)
+            store_wide(acc, norm, part, item, results, 0, HEADS)
+            store_stats(multiply(level, scale), row_sum, norm, peak, room.peak1, part, item, results, HEADS)
 
 
 @gluon.jit
@@ -281,10 +282,11 @@ def right_warpgroup(
             room.sum1.store(row_sum)
             gain = rounding_gain(largest, level, scale, room.weights0.dtype)
             room.gain1.store(gain)
-            peak = tell_peak(acc, item.slot, room.peak1, results)
+            store_narrow(acc, room.peak1, part, item, results, HALF, HEADS)
             meet(WEIGHTS_0, PAIR_THREADS)  # first: the left warpgroup may still have to meet the last WEIGHTS_1
             arrive(WEIGHTS_1, PAIR_THREADS)
-            row_sum += room.sum0.load(SCORES_ROW)
-            gain += room.gain0.load(SCORES_ROW)
-            peak = hear_peak(peak, item.slot, room.peak0, results)
-            store_item(acc, level, row_sum, gain, scale, peak, part, item, results, room.weights0.dtype, HALF, HEADS)
+            if is_wide(item, results):
+                row_sum += room.sum0.load(SCORES_ROW)
+                gain += room.gain0.load(SCORES_ROW)
+                norm = normaliser(level, row_sum, gain, scale, room.weights0.dtype)
+                store_wide(acc, norm, part, item, results, HALF, HEADS)

@@ -22,8 +22,8 @@ GROUPED_COLUMNS = 15_888  # an SM or CU: beyond 4096 rows of 512 columns on 132,
 
 @dataclass(frozen=True)
 class Partials:
-    """Sizes of the partial results of a plan. Each row has its maximum and sum beside it, and its peak where it is
-    float16, in units of that peak."""
+    """Sizes of the partial results of a plan. Each row has its maximum and sum beside it, and where it is float16 what
+    each half of its columns is in units of."""
 
     slots: int
     rows: int
@@ -46,7 +46,7 @@ class Partials:
         return self.slots * self.rows * (self.latent_dim * self.dtype.itemsize + self._stats * 4)
 
     def allocate(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Partial results [slots, rows, latent], and float32 [slots, rows, 2 or 3]."""
+        """Partial results [slots, rows, latent], and float32 [slots, rows, 2 or 4]."""
         out = torch.empty(self.slots, self.rows, self.latent_dim, dtype=self.dtype, device=device)
         return out, torch.empty(self.slots, self.rows, self._stats, dtype=torch.float32, device=device)
 

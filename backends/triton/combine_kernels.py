@@ -7,7 +7,7 @@ from portable_mla.backends.triton.decode_kernels import LN_2, START_MAX
 from portable_mla.metadata.split_kernels import FAULTY, FINAL, TOKEN_FIELDS
 
 WIDE_STATS = tl.constexpr(2)  # numbers beside a row of float32
-NARROW_STATS = tl.constexpr(3)  # and beside one of float16
+NARROW_STATS = tl.constexpr(4)  # and beside one of float16
 
 
 @triton.jit
@@ -20,16 +20,34 @@ def _wait_for_previous_kernel():
 
 
 @triton.jit
+def _units(
+    stats_ptr, row_sum, mask, first_column, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, NARROW: tl.constexpr
+):  # fmt: skip
+    """What partial results are in units of: each row's sum, or of float16 a number for each half of the columns."""
+    HALF: tl.constexpr = LATENT // 2
+    if not NARROW:
+        return row_sum[:, :, None]
+    elif BLOCK_D <= HALF:
+        return tl.load(stats_ptr + 2 + first_column // HALF, mask=mask, other=0.0)[:, :, None]
+    else:
+        left = tl.load(stats_ptr + 2, mask=mask, other=0.0)
+        right = tl.load(stats_ptr + 3, mask=mask, other=0.0)
+        column = first_column + tl.arange(0, BLOCK_D)
+        return tl.where((column < HALF)[None, None, :], left[:, :, None], right[:, :, None])
+
+
+@triton.jit
 def _merge(
-    partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, first_column, max_rows, LATENT: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Base-2 maximum and sum of each row, and its weighted sum of partial results, over a run of slots."""
     NARROW: tl.constexpr = partial_out_ptr.dtype.element_ty != tl.float32
     STATS: tl.constexpr = NARROW_STATS if NARROW else WIDE_STATS
     largest = tl.full([row.shape[0]], START_MAX, tl.float32)
     total = tl.zeros([row.shape[0]], tl.float32)
-    acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    acc = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
+    column = first_column + tl.arange(0, BLOCK_D)
     for first in range(slot_lo, slot_hi, BLOCK_S):
         slot = first + tl.arange(0, BLOCK_S)
         slot_row = slot.to(tl.int64)[:, None] * max_rows + row[None, :]
@@ -41,10 +59,10 @@ def _merge(
         part = tl.load(slot_row_ptr[:, :, None] + column[None, None, :], mask=mask[:, :, None], other=0.0)
         new_largest = tl.maximum(largest, tl.max(row_max, 0))
         rescale = tl.exp2(largest - new_largest)
-        weight = row_sum * tl.exp2(row_max - new_largest[None, :])
-        scaled = weight * tl.load(stats_ptr + 2, mask=mask, other=0.0) if NARROW else weight
-        acc = acc * rescale[:, None] + tl.sum(part * scaled[:, :, None], 0)
-        total = total * rescale + tl.sum(weight, 0)
+        weight = tl.exp2(row_max - new_largest[None, :])
+        unit = _units(stats_ptr, row_sum, mask, first_column, LATENT, BLOCK_D, NARROW)
+        acc = acc * rescale[:, None] + tl.sum(part * (weight[:, :, None] * unit), 0)
+        total = total * rescale + tl.sum(row_sum * weight, 0)
         largest = new_largest
     return largest, total, acc
 
@@ -72,11 +90,31 @@ def _finish_rows(
     column = first_column + tl.arange(0, BLOCK_D)
     if FEW == BLOCK_S or slot_hi - slot_lo <= FEW:
         largest, total, acc = _merge(
-            partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, FEW
+            partial_out_ptr,
+            partial_stats_ptr,
+            slot_lo,
+            slot_hi,
+            row,
+            row_valid,
+            first_column,
+            max_rows,
+            LATENT,
+            BLOCK_D,
+            FEW,
         )
     else:
         largest, total, acc = _merge(
-            partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, max_rows, LATENT, BLOCK_S
+            partial_out_ptr,
+            partial_stats_ptr,
+            slot_lo,
+            slot_hi,
+            row,
+            row_valid,
+            first_column,
+            max_rows,
+            LATENT,
+            BLOCK_D,
+            BLOCK_S,
         )
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
@@ -96,8 +134,8 @@ def _finish_rows(
 @triton.jit(do_not_specialize=["heads", "max_rows"])
 def combine_kernel(
     token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi or -1 (already final) or -2 (faulty), index in the unit, _
-    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of each row's peak, see `_in_order`
-    partial_stats_ptr,  # [slots, max_rows, 2 or 3] float32: base-2 maximum, sum, peak
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 see `_units` and `_in_order`
+    partial_stats_ptr,  # [slots, max_rows, 2 or 4] float32: base-2 maximum, sum, unit of each half of the columns
     out_ptr,  # [tokens, heads, LATENT]
     lse_ptr,  # [tokens, heads] float32, natural log
     heads,

@@ -36,10 +36,16 @@ def random_partials(dtype: torch.dtype) -> tuple[Partials, tuple[Tensor, Tensor]
     stats[..., 0] = torch.randn(out.shape[:2], generator=rng) * 8
     stats[..., 1] = torch.rand(out.shape[:2], generator=rng) * 30 + 1
     if dtype == torch.float16:
-        stats[..., 2] = value.abs().amax(-1)
-        value = transposed(value / stats[..., 2:])
+        peaks = value.unflatten(-1, (2, -1)).abs().amax(-1)
+        stats[..., 2:] = peaks * stats[..., 1:2]
+        value = transposed(value / halves(peaks))
     out.copy_(value)
     return sizes, (out, stats), torch.tensor(slots, dtype=torch.int32)
+
+
+def halves(units: Tensor) -> Tensor:
+    """The unit of each column, given that of each half of them."""
+    return units.repeat_interleave(LATENT // 2, -1)
 
 
 def transposed(value: Tensor) -> Tensor:
@@ -51,10 +57,10 @@ def transposed(value: Tensor) -> Tensor:
 def merged(partials: tuple[Tensor, Tensor], low: int, high: int) -> tuple[Tensor, Tensor]:
     """By definition: [heads, latent] and the natural logarithm of what the rows sum to."""
     out, stats = (tensor[low:high].double() for tensor in partials)
-    weight = stats[..., 1] * torch.exp2(stats[..., 0])
-    values = transposed(out) * stats[..., 2:] if stats.shape[-1] == 3 else out
-    total = weight.sum(0)
-    return (weight[..., None] * values).sum(0) / total[:, None], total.log()
+    weight = torch.exp2(stats[..., :1])
+    sums = transposed(out) * halves(stats[..., 2:]) if stats.shape[-1] == 4 else out * stats[..., 1:]
+    total = (weight * stats[..., 1:2]).sum(0)
+    return (weight * sums).sum(0) / total, total[:, 0].log()
 
 
 def assert_merged_as_defined(arch: str, kind: str, dtype: torch.dtype, *, rehearsed: bool = False) -> None:
@@ -106,6 +112,6 @@ def test_which_combine_serves_follows_pieces_and_rows() -> None:
 def test_partial_results_count_their_statistics() -> None:
     request = request_of(build(Case((1,), 16, **SMALL)), "sm90", units=132)
     shape = PlanShape(132, 1, 1, 1, 4096, block_q=1, block_n=64, min_tiles=2)
-    for dtype, row in ((torch.float32, 128 * 4 + 2 * 4), (torch.float16, 128 * 2 + 3 * 4)):
+    for dtype, row in ((torch.float32, 128 * 4 + 2 * 4), (torch.float16, 128 * 2 + 4 * 4)):
         sizes = Partials.of(request, shape, dtype)
         assert sizes.nbytes == sizes.slots * 16 * row == sum(t.nbytes for t in sizes.allocate(torch.device("cpu")))
