@@ -3,8 +3,9 @@
     python -m ci.bench_decode [--trace FILE.csv ...] [--only table,trace] [--json FILE]
 
 CUDA graphs in one process over 3 GB of caches, planning excluded; "planned" ones plan a step before every call. A
-plain kernel stands between calls, so that none overlaps the end of the one before; its own time is taken off. Every
-result is held to the first contender's before it is timed.
+plain kernel stands between calls, so that none overlaps the end of the one before; its own time is taken off.
+FlashInfer plans on the host, which no graph captures: planned, it is timed by the host's clock, and no ratio is to it.
+Every result is held to the first contender's before it is timed.
 """
 
 from __future__ import annotations
@@ -85,13 +86,14 @@ def with_ratio(row: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
     """The row with its times, the fastest peer, ours over that, and over the fastest of our backends."""
     row |= found
     for kind, prefix in ((PEERS, ""), (PLANNED, "planned ")):
-        peers = {name: us for name, us in found.items() if name in kind and name != "planned ours"}
+        peers = {name: us for name, us in found.items() if name in kind and name not in ("planned ours", ON_THE_HOST)}
         if peers and f"{prefix}ours" in found:
             best = min(peers, key=peers.__getitem__)
             row |= {f"{prefix}best peer": best, f"{prefix}ratio": round(found[f"{prefix}ours"] / peers[best], 3)}
     backends = {name: us for name, us in found.items() if name in OURS}
-    best = min(backends, key=backends.__getitem__)
-    row |= {"best backend": best, "of best backend": round(found["ours"] / backends[best], 3)}
+    if "ours" in backends:
+        best = min(backends, key=backends.__getitem__)
+        row |= {"best backend": best, "of best backend": round(found["ours"] / backends[best], 3)}
     print(row, flush=True)
     torch.cuda.empty_cache()
     return row

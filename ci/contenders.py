@@ -26,8 +26,8 @@ SCALE = 192**-0.5
 # call of the same contender.
 COLD_BYTES = 3e9
 MOST_CACHES = 128
-REST = 0.3  # seconds before a contender is timed: none begins at a clock that the one before has brought down,
-WARM = 0.03  # and of replays before they count: nor at one that has rested
+REST = 0.3  # seconds before a contender is timed, so that it does not begin at a clock that the one before brought down
+WARM = 0.03  # seconds of replays that do not count, so that it does not begin at an idle clock either
 DEVICE = "cuda"
 
 

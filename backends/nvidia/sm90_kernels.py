@@ -27,7 +27,7 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   the warps part: predicted 1.2 and 0.6 at (1, 128, 1024), whose decode took 13.5 before and 13.7 after. Kept, unproved.
 - Dependent launch of the decode itself, and the part's first item prefetched: predicted 1.6 together;
   (128, 16, 4096) 219.5 -> 218.5, (32, 64, 4096) 79.2 -> 78.1. Kept.
-- Float16 partial results from 17 rows on (sm90_tile.py): a program's stores of 64 rows took 5300 cycles, as fast as L2
+- Float16 partial results: a program's stores of 64 rows took 5300 cycles, as fast as L2
   takes 17 MB from all. Predicted 2.5 at (32, 64, 4096): 76.2 -> 71.3.
 - Q before the keys, in halves by both loaders, and the first odd block after it: Q arrived after 17000 cycles, behind
   the first keys of all programs, now after 8500. Predicted 2.3 at (8, 16, 8192), 40.5 -> 40.9; (1, 16, 1024) 11.6 ->
@@ -121,7 +121,7 @@ def sm90_decode_kernel(
     items_ptr,  # [items, 8] int32: request, tile_lo, tile_hi, slot, kv_len, query_start, query_len, 0
     out_ptr,  # [tokens, HEADS, LATENT]
     lse_ptr,  # [tokens, HEADS] float32, natural log
-    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of theirs, columns transposed
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of peaks, columns transposed
     partial_stats_ptr,  # [slots, max_rows, 2 or 4] float32: base-2 level, sum, unit of each half of the columns
     status_ptr,  # [6] int64
     softmax_scale,
@@ -140,7 +140,7 @@ def sm90_decode_kernel(
     QUERY_ROWS: gl.constexpr,
     BOXES: gl.constexpr,  # that half a block of keys is loaded in; 4, of kv_desc, where pages are smaller than blocks
     LONG: gl.constexpr,  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
-    FAR: gl.constexpr,  # tiles of parts whose keys are not asked for again
+    FAR: gl.constexpr,  # tiles of parts whose keys are kept all the same, but not asked for
     DEPENDENT: gl.constexpr,  # may be launched before the kernel before it has ended
     REGISTERS: gl.constexpr,  # of a thread of the warpgroups
     LOADER_REGISTERS: gl.constexpr,

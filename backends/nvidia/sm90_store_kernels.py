@@ -123,9 +123,9 @@ def is_wide(item, results):
 
 @gluon.jit
 def store_narrow(acc, right_vector, part, item, results, FIRST: gl.constexpr, HEADS: gl.constexpr):
-    """Columns FIRST..FIRST + 255 of a partial result as float16, which loses 2**-12 of what bfloat16 does: in units of
-    each row's peak, which is returned, and told by the right warpgroup. What rows sum to need not be known. Else
-    nothing."""
+    """Columns FIRST..FIRST + 255 of a partial result as float16 in units of each row's peak among them, of which it
+    loses at most 2**-12. The peak is returned, and told by the right warpgroup; what rows sum to need not be known.
+    Nothing where the result is wide."""
     peak = gl.full([BLOCK], 1.0, gl.float32, ACC_ROW)
     if results.partial_out_ptr.dtype.element_ty != gl.float32:  # noqa: SIM102 a constant, then a value
         if item.slot >= 0:

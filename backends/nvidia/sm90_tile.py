@@ -16,7 +16,7 @@ class Sm90Tile:
     overhead: int = 2  # what starting a unit costs, in such tiles
     merge_cost: int = 48  # what merging a piece of a unit costs, in 256ths of such a tile
     long: int = 0  # tiles of parts whose keys are asked of L2 ahead, and not dropped first; 0: never
-    far: int = 0  # tiles of parts whose keys are kept all the same, but not asked for
+    far: int = 0  # tiles of parts whose keys are kept all the same, but not asked for; above `long`
     registers: int = 232  # of a thread of the warpgroups; 240 spill the loaders of 16-token pages
     loader_registers: int = 40  # 256 threads of the one and 128 of the other fill the register file
     boxes: int = 2  # TMA loads of half a block, where pages hold whole blocks

@@ -134,7 +134,7 @@ def _finish_rows(
 @triton.jit(do_not_specialize=["heads", "max_rows"])
 def combine_kernel(
     token_slots_ptr,  # [tokens, 4] int32: slot_lo, slot_hi or -1 (already final) or -2 (faulty), index in the unit, _
-    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 see `_units` and `_in_order`
+    partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16, see `_units` and `_in_order`
     partial_stats_ptr,  # [slots, max_rows, 2 or 4] float32: base-2 maximum, sum, unit of each half of the columns
     out_ptr,  # [tokens, heads, LATENT]
     lse_ptr,  # [tokens, heads] float32, natural log
