@@ -20,34 +20,30 @@ def _wait_for_previous_kernel():
 
 
 @triton.jit
-def _units(
-    stats_ptr, row_sum, mask, first_column, LATENT: tl.constexpr, BLOCK_D: tl.constexpr, NARROW: tl.constexpr
-):  # fmt: skip
+def _units(stats_ptr, row_sum, mask, column, first_column, LATENT: tl.constexpr, NARROW: tl.constexpr):
     """What partial results are in units of: each row's sum, or of float16 a number for each half of the columns."""
     HALF: tl.constexpr = LATENT // 2
     if not NARROW:
         return row_sum[:, :, None]
-    elif BLOCK_D <= HALF:
+    elif column.shape[0] <= HALF:
         return tl.load(stats_ptr + 2 + first_column // HALF, mask=mask, other=0.0)[:, :, None]
     else:
         left = tl.load(stats_ptr + 2, mask=mask, other=0.0)
         right = tl.load(stats_ptr + 3, mask=mask, other=0.0)
-        column = first_column + tl.arange(0, BLOCK_D)
         return tl.where((column < HALF)[None, None, :], left[:, :, None], right[:, :, None])
 
 
 @triton.jit
 def _merge(
-    partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, first_column, max_rows, LATENT: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, first_column, max_rows,
+    LATENT: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Base-2 maximum and sum of each row, and its weighted sum of partial results, over a run of slots."""
     NARROW: tl.constexpr = partial_out_ptr.dtype.element_ty != tl.float32
     STATS: tl.constexpr = NARROW_STATS if NARROW else WIDE_STATS
     largest = tl.full([row.shape[0]], START_MAX, tl.float32)
     total = tl.zeros([row.shape[0]], tl.float32)
-    acc = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
-    column = first_column + tl.arange(0, BLOCK_D)
+    acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for first in range(slot_lo, slot_hi, BLOCK_S):
         slot = first + tl.arange(0, BLOCK_S)
         slot_row = slot.to(tl.int64)[:, None] * max_rows + row[None, :]
@@ -60,7 +56,7 @@ def _merge(
         new_largest = tl.maximum(largest, tl.max(row_max, 0))
         rescale = tl.exp2(largest - new_largest)
         weight = tl.exp2(row_max - new_largest[None, :])
-        unit = _units(stats_ptr, row_sum, mask, first_column, LATENT, BLOCK_D, NARROW)
+        unit = _units(stats_ptr, row_sum, mask, column, first_column, LATENT, NARROW)
         acc = acc * rescale[:, None] + tl.sum(part * (weight[:, :, None] * unit), 0)
         total = total * rescale + tl.sum(row_sum * weight, 0)
         largest = new_largest
@@ -90,32 +86,14 @@ def _finish_rows(
     column = first_column + tl.arange(0, BLOCK_D)
     if FEW == BLOCK_S or slot_hi - slot_lo <= FEW:
         largest, total, acc = _merge(
-            partial_out_ptr,
-            partial_stats_ptr,
-            slot_lo,
-            slot_hi,
-            row,
-            row_valid,
-            first_column,
-            max_rows,
-            LATENT,
-            BLOCK_D,
-            FEW,
-        )
+            partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, first_column, max_rows,
+            LATENT, FEW,
+        )  # fmt: skip
     else:
         largest, total, acc = _merge(
-            partial_out_ptr,
-            partial_stats_ptr,
-            slot_lo,
-            slot_hi,
-            row,
-            row_valid,
-            first_column,
-            max_rows,
-            LATENT,
-            BLOCK_D,
-            BLOCK_S,
-        )
+            partial_out_ptr, partial_stats_ptr, slot_lo, slot_hi, row, row_valid, column, first_column, max_rows,
+            LATENT, BLOCK_S,
+        )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = tl.where(slot_hi == FAULTY, float("nan"), acc)
