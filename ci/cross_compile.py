@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -34,6 +35,8 @@ MATRIX_SASS = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
 MATRIX_PTX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 MATRIX_GCN = re.compile(r"^\s+v_mfma_f32_(\w+)", re.MULTILINE)
 SPILL = re.compile(r"\b(STL|LDL|scratch_load\w*|scratch_store\w*)\b")
+MBARRIER = re.compile(r"mbarrier\.init.*@global_smem, i32 (\d+)")
+MBARRIER_STEP = 16  # bytes from one allocation to the next
 LABEL = re.compile(r"^\.?L\w+:", re.MULTILINE)
 
 Constants = Mapping[str, Any]
@@ -170,6 +173,17 @@ def serialised_wgmma(compiled: Any) -> list[str]:
             if done.returncode == 0:
                 return [line for line in done.stderr.splitlines() if "(C75" in line]
     raise RuntimeError(done.stderr)
+
+
+def stray_mbarriers(compiled: Any) -> list[int]:
+    """Places in shared memory of mbarriers that do not lie beside the next one.
+
+    One that nobody waits for is dead once it is initialised, and Triton gives its place to data. PTX wants it
+    invalidated first; where it is not, a program that is preempted can find the mbarrier in its data.
+    """
+    places = sorted(map(int, MBARRIER.findall(compiled.asm["llir"])))
+    assert places, "no mbarrier is initialised"
+    return [place for place, following in itertools.pairwise(places) if following - place > MBARRIER_STEP]
 
 
 def compile_combine(request: Request, kind: str, *, dependent: bool = False) -> Resources:

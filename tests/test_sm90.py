@@ -293,6 +293,7 @@ for name, request in list(compile_gate.gluon_requests("sm90").items())[1:5:3]:
     hinted = set(re.findall(r"tensor\\.(.)d\\.\\S*L2::cache_hint", compiled.asm["ptx"]))
     assert hinted == (set("234") if request.shape.page_size >= 64 else set("2")), (name, hinted)
     assert cross_compile.serialised_wgmma(compiled) == [], cross_compile.serialised_wgmma(compiled)
+    assert cross_compile.stray_mbarriers(compiled) == [], (name, cross_compile.stray_mbarriers(compiled))
     assert used.matrix["HGMMA"] >= 120, used
     if compile_gate.version() == "3.6":  # what the kernel was tuned on
         assert used.spills == 0 and used.loop_spills == 0, used

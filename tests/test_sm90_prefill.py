@@ -126,6 +126,7 @@ for name, (request, causal) in list(prefill_variants.gluon_prefill_requests("sm9
     compiled = cross_compile.compile_gluon_prefill(request, causal=causal)
     used = cross_compile.Resources.of(compiled)
     assert cross_compile.serialised_wgmma(compiled) == [], cross_compile.serialised_wgmma(compiled)
+    assert cross_compile.stray_mbarriers(compiled) == [], (name, cross_compile.stray_mbarriers(compiled))
     assert used.matrix["HGMMA"] >= 80, used
     if compile_gate.version() == "3.6":  # what the kernel was tuned on
         assert used.spills == 0 and used.loop_spills == 0, used

@@ -28,11 +28,12 @@ def scores(room: Room, item: int, key: object, count: int, keys: tuple[str, str]
         yield room.begin(buffer, key)
 
 
-def take_query(room: Room, item: int) -> Role:
+def take_query(room: Room, item: int, rope: bool) -> Role:
     """wait_query."""
-    yield room.wait("weights1", item + 1)
-    yield room.begin("weights1", ("q", item))
-    yield room.end("weights1")
+    if rope:
+        yield room.wait("weights1", item + 1)
+        yield room.begin("weights1", ("q", item))
+        yield room.end("weights1")
     for half in QUERY:
         yield room.wait(half, item + 1)
 
@@ -47,12 +48,12 @@ def weigh_even(room: Room, key: object) -> Role:
     yield room.arrive("free_left0")
 
 
-def left(room: Room, items: list[int]) -> Role:
+def left(room: Room, items: list[int], rope: bool) -> Role:
     """left_warpgroup: `items` holds blocks."""
     count = 0
     for item, blocks in enumerate(filter(None, items)):
         pairs, lone = divmod(blocks, 2)
-        yield from take_query(room, item)
+        yield from take_query(room, item, rope)
         if lone:
             count += 1
             key: tuple[int, object] = (item, "lone")
@@ -95,7 +96,7 @@ def left(room: Room, items: list[int]) -> Role:
             yield room.end(buffer)
 
 
-def right(room: Room, items: list[int], zeroes: Sequence[bool]) -> Role:
+def right(room: Room, items: list[int], rope: bool, zeroes: Sequence[bool]) -> Role:
     """right_warpgroup. zeroes: whether an item's last odd block has a tail to be zeroed, of small pages alone."""
     count = 0
     for item, blocks in enumerate(filter(None, items)):
@@ -116,7 +117,7 @@ def right(room: Room, items: list[int], zeroes: Sequence[bool]) -> Role:
                 yield room.wait(buffer, count + 1)
                 yield room.write(buffer, (item, 0))
         if pairs:
-            yield from take_query(room, item)
+            yield from take_query(room, item, rope)
         for pair in range(pairs):
             count += 1
             key = (item, pair)
@@ -165,7 +166,7 @@ def steps(items: list[int]) -> Iterator[tuple[int, int, object, int | None]]:
             yield item, step, "lone" if lone and step == 0 else step - lone, odd if loads_odd else None
 
 
-def load_left(room: Room, items: list[int]) -> Role:
+def load_left(room: Room, items: list[int], rope: bool) -> Role:
     """load_left, whose first step is _begin_left if the first item has blocks."""
     even_used = odd_used = False
     begins = items[:1] != [0]
@@ -174,7 +175,7 @@ def load_left(room: Room, items: list[int]) -> Role:
             if even_used:
                 yield from room.meet("load_left", "query", LOADER)
             yield room.load("query0", item)
-            if begins and not even_used:
+            if rope and begins and not even_used:
                 yield room.load("weights1", ("q", item))
         if even_used and not (room.fault == "no wait" and step == 2):
             yield from room.meet("load_left", "free_left0", LOADER)
@@ -182,7 +183,7 @@ def load_left(room: Room, items: list[int]) -> Role:
         if odd_used and (step == 0 or odd is not None):
             yield from room.meet("load_left", "free_left1", LOADER)
             odd_used = False
-        if step == 0 and (even_used or not begins):
+        if rope and step == 0 and (even_used or not begins):
             yield room.load("weights1", ("q", item))
         if odd is not None:
             if begins and not even_used:
@@ -223,8 +224,10 @@ def load_right(room: Room, items: list[int]) -> Role:
 def decode(rng: random.Random, items: list[int], fault: str = "") -> None:
     """One interleaving of a part's warps."""
     room = Room(SIZES, fault)
+    rope = rng.random() < 0.7
     zeroes = [rng.random() < 0.5 for _ in items]
-    play(rng, room, [left(room, items), right(room, items, zeroes), load_left(room, items), load_right(room, items)])
+    warps = [left(room, items, rope), right(room, items, rope, zeroes)]
+    play(rng, room, [*warps, load_left(room, items, rope), load_right(room, items)])
 
 
 def shapes(rng: random.Random) -> list[int]:

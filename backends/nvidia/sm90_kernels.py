@@ -148,7 +148,7 @@ def sm90_decode_kernel(
     """Each program runs some rows of one part of the plan; those that share a part are neighbours and share L2."""
     head_ptr = heads_ptr + gl.program_id(0) * HEAD_FIELDS
     cache = Cache(kv_desc, box_desc, kv_ptr, table_header_ptr, page_rows, stride_slot)
-    room = new_room(q_desc.dtype, BOXES)
+    room = new_room(q_desc.dtype, ROPE, BOXES)
     results = Results(
         out_ptr, lse_ptr, partial_out_ptr, partial_stats_ptr, status_ptr, tokens, max_rows, stride_out_token,
         stride_out_head, stride_lse_token, stride_lse_head,

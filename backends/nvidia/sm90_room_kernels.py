@@ -193,20 +193,30 @@ def new_vector():
 
 
 @gluon.jit
-def new_block(DTYPE: gl.constexpr, BOXES: gl.constexpr):
+def new_block(DTYPE: gl.constexpr, ROPE: gl.constexpr, BOXES: gl.constexpr):
     """Room for one block of keys."""
-    return KeyBlock(
-        new_tile(DTYPE, HALF), new_tile(DTYPE, HALF), new_tile(DTYPE, BLOCK), new_barriers(BOXES), new_barriers(BOXES),
-        new_barrier(),
-    )  # fmt: skip
+    left, right = new_tile(DTYPE, HALF), new_tile(DTYPE, HALF)
+    left_full, right_full = new_barriers(BOXES), new_barriers(BOXES)
+    if ROPE:
+        return KeyBlock(left, right, new_tile(DTYPE, BLOCK), left_full, right_full, new_barrier())
+    else:
+        return KeyBlock(left, right, right, left_full, right_full, right_full[0])
 
 
 @gluon.jit
-def new_room(DTYPE: gl.constexpr, BOXES: gl.constexpr):
-    """In tiles of 8 KB: Q 8, two blocks of keys 18, weights 2. 225 KB with the vectors, of the 227 there are."""
+def new_room(DTYPE: gl.constexpr, ROPE: gl.constexpr, BOXES: gl.constexpr):
+    """In tiles of 8 KB: Q 8, two blocks of keys 18, weights 2. 225 KB with the vectors, of the 227 there are.
+
+    Without rope columns others stand in for their tiles and mbarriers: one that nobody waits for would be dead once it
+    is initialised, and Triton would place it within a tile.
+    """
+    query, query_left_full, query_right_full = new_tile(DTYPE, LATENT), new_barrier(), new_barrier()
+    query_rope_full = query_right_full
+    if ROPE:
+        query_rope_full = new_barrier()
     return Room(
-        new_tile(DTYPE, LATENT), new_barrier(), new_barrier(), new_barrier(), new_block(DTYPE, BOXES),
-        new_block(DTYPE, BOXES), new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(),
+        query, query_left_full, query_right_full, query_rope_full, new_block(DTYPE, ROPE, BOXES),
+        new_block(DTYPE, ROPE, BOXES), new_tile(DTYPE, BLOCK), new_tile(DTYPE, BLOCK), new_vector(), new_vector(),
         new_vector(), new_vector(), new_vector(), new_vector(), new_vector(),
     )  # fmt: skip
 
