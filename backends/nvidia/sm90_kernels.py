@@ -89,6 +89,8 @@ Decisions, in microseconds of an H100 80GB HBM3 at (batch, heads, context), bf16
   the combine makes up for: no warpgroup waits for the other's sums and peaks before it stores. Predicted 0.12 at
   (1, 128, 1024), 8.9 -> 8.5; (1, 64, 1024) 8.4 -> 8.1, (1, 128, 8192) 14.9 -> 14.5, Azure, 32 requests of 128 heads
   32.2 -> 31.8, for 230 instructions more; elsewhere level. Kept.
+- The same stores ahead of a warpgroup's own sums and rounding gains as well: predicted 0.05 at (1, 128, 1024), level;
+  (1, 64, 1024) 8.1 -> 8.2, (1, 128, 8192) 14.6 -> 14.8. Dropped.
 - No mask for the even block of a pair where there is one query token, nor for pairs after the first: all is seen there.
   Predicted 0.1 at (1, 128, 1024), for 130 instructions fewer: 8.94 -> 8.86; elsewhere level. Kept.
 - A rehearsal of the stores while the first loads are under way, so that their code is in the instruction cache at the
