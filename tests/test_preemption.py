@@ -1,0 +1,63 @@
+"""Results beside other processes on the same GPU, which takes turns: a kernel is stopped in the middle and goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import acceptance
+from tests.cases import Case
+from tests.targets import Target
+
+pytestmark = pytest.mark.gpu
+
+NEIGHBOURS = 3
+RUNS = 30
+# Its turns are of milliseconds, which decodes seldom last: these are made by a plan for one unit.
+KV_LENS = (40_000, 193, 25_000, 449)
+NEIGHBOUR = """
+import sys
+import torch
+square = torch.randn(4096, 4096, device=sys.argv[1], dtype=torch.bfloat16)
+print(float((square @ square).sum()), flush=True)
+while True:
+    float(sum((square @ square).sum() for _ in range(100)))
+"""
+
+
+@contextmanager
+def neighbours(device: str) -> Iterator[None]:
+    """Processes that keep the GPU busy, once all of them do."""
+    with ExitStack() as stack:
+        busy = []
+        for _ in range(NEIGHBOURS):
+            command = [sys.executable, "-c", NEIGHBOUR, device]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            busy.append(process)
+        for process in busy:
+            assert process.stdout is not None
+            assert process.stdout.readline(), f"a neighbour ended with {process.wait()}"
+        yield
+        assert all(process.poll() is None for process in busy), "a neighbour ended early"
+
+
+@pytest.mark.parametrize("rope_dim", [64, 0])
+def test_a_kernel_that_is_stopped_in_the_middle_keeps_its_bits(target: Target, rope_dim: int) -> None:
+    case = Case(KV_LENS, heads=64, rope_dim=rope_dim, page_size=64, content="iid")
+    if target.of_a_library or not target.accepts(case):
+        pytest.skip(f"{target} is not ours or refuses {case}")
+    problem, one_unit = target.build(case), replace(target.arch, units=1)
+    alone = target.run_as(problem, arch=one_unit)
+    acceptance.check(problem, *alone)
+    with neighbours(target.device):
+        for run in range(RUNS):
+            out, lse = target.run_as(problem, arch=one_unit)
+            assert torch.equal(out, alone[0]), f"out has other bits in run {run}"
+            assert torch.equal(lse, alone[1]), f"lse has other bits in run {run}"
