@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile(
-    "ci", max_examples=100, deadline=None, suppress_health_check=_SLOW, derandomize=True, print_blob=True
+    "ci", max_examples=150, deadline=None, suppress_health_check=_SLOW, derandomize=True, print_blob=True
 )
 settings.register_profile("nightly", max_examples=5000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
 settings.load_profile(Settings.from_env().hypothesis or ("ci" if os.environ.get("CI") else "dev"))

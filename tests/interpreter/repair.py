@@ -7,6 +7,7 @@ fp8's NaN as a number and does not know e4m3fnuz; it runs no PTX; its 3.6 cannot
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -139,6 +140,29 @@ def _repaired_tensor_patch(original: Callable[..., Any]) -> Callable[..., Any]:
     return patch_tensor
 
 
+@functools.cache
+def _languages_of(function: Any) -> frozenset[Any]:
+    return frozenset(
+        module for module in (tl, tl.core) if any(module is value for value in function.__globals__.values())
+    )
+
+
+def _once_a_launch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton replaces the language anew for each call of a kernel's functions too, which was a third of the time."""
+    replaced: set[Any] = set()
+
+    def patch_language(function: Any) -> Any:
+        if tl.core.is_builtin(tl.load):  # it is put back after each launch
+            replaced.clear()
+        languages = _languages_of(function)
+        if languages <= replaced:
+            return interpreter._LangPatchScope()
+        replaced.update(languages)
+        return original(function)
+
+    return patch_language
+
+
 def _patch(owner: Any, attribute: str, repaired: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Patch:
     original = getattr(owner, attribute)
     return owner, attribute, original, repaired(original)
@@ -166,6 +190,7 @@ def repaired() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for owner, attribute, _, repaired in itertools.chain(*REPAIRS.values()):
             patch.setattr(owner, attribute, repaired)
+        patch.setattr(interpreter, "_patch_lang", _once_a_launch(interpreter._patch_lang))
         yield
 
 
