@@ -141,24 +141,17 @@ def _repaired_tensor_patch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _languages_of(function: Any) -> frozenset[Any]:
-    return frozenset(
-        module for module in (tl, tl.core) if any(module is value for value in function.__globals__.values())
-    )
+def _languages_of(function: Any) -> tuple[Any, ...]:
+    return tuple(value for value in function.__globals__.values() if value is tl or value is tl.core)
 
 
 def _once_a_launch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton replaces the language anew for each call of a kernel's functions too, which was a third of the time."""
-    replaced: set[Any] = set()
+    """Triton replaces the language anew for each call of a kernel's functions too, which was a third of the time; what
+    it does for the kernel it puts back after the launch."""
 
     def patch_language(function: Any) -> Any:
-        if tl.core.is_builtin(tl.load):  # it is put back after each launch
-            replaced.clear()
-        languages = _languages_of(function)
-        if languages <= replaced:
-            return interpreter._LangPatchScope()
-        replaced.update(languages)
-        return original(function)
+        replaced = not any(tl.core.is_builtin(language.load) for language in _languages_of(function))
+        return interpreter._LangPatchScope() if replaced else original(function)
 
     return patch_language
 

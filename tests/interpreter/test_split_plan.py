@@ -141,9 +141,7 @@ def assert_heads_as_defined(case: PlanCase, heads: torch.Tensor, defined: Plan) 
 @pytest.mark.parametrize("parts", [2, 5, 66, 132])
 def test_parts_have_twice_the_programs_where_half_of_them_are_idle(parts: int) -> None:
     found = {}
-    for used in sorted(
-        {1, 2, *range(max(parts // 2 - 1, 1), parts // 2 + 3), parts - 1, parts} & set(range(parts + 1))
-    ):
+    for used in range(1, parts + 1):
         shape = PlanShape(parts, 1, 1, 1, 20_000, block_q=1, block_n=64, min_tiles=1, row_tiles=2, halves=True)
         case = PlanCase([64 * used], [1], shape, 1, [False])
         assert_planned_as_defined(case)
@@ -163,7 +161,7 @@ def test_the_kernel_writes_the_plan_that_is_defined(parts: int, fixed: bool) -> 
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
-@pytest.mark.parametrize("batch", [17, 513])  # two units a request
+@pytest.mark.parametrize("batch", [17, 1025])
 def test_the_kernel_plans_batches_of_more_than_one_program_and_scan(batch: int, fixed: bool) -> None:
     kv_lens = [(request * 37) % 900 for request in range(batch)]
     query_lens = [request % 3 for request in range(batch)]
