@@ -5,6 +5,7 @@
 CUDA graphs in one process over 3 GB of caches, planning excluded; "planned" ones plan a step before every call. A
 plain kernel stands between calls, so that none overlaps the end of the one before; its own time is taken off.
 FlashInfer plans on the host, which no graph captures: planned, it is timed by the host's clock, and no ratio is to it.
+A row's floor is the longer of its bytes at the DRAM's clock and its operations at the rate of a large product.
 Every result is held to the first contender's before it is timed.
 """
 
@@ -20,8 +21,10 @@ from typing import Any
 
 import torch
 import triton
+import triton.testing
 
 from ci.bench_metadata import steps
+from ci.card import Card
 from ci.contenders import (
     DEVICE,
     Calls,
@@ -62,15 +65,28 @@ ROWS += [(128, 128, 4096, 2), (32, 16, 4096, 2)]
 MOST_DIFFERENT = 6e-3  # relative, of two bfloat16 results over random values
 
 
-def measure(problem: Problem, names: Sequence[str], plain_us: float) -> dict[str, float]:
-    """Microseconds a call of each contender that is installed and serves the problem."""
-    found: dict[str, float] = {}
+def this_card() -> Card:
+    """Measured."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    one = torch.zeros(1, device=DEVICE)
+    plain_us = graph_us([lambda: one.add_(1)], least=50)
+    copy_us, matmul_us = graph_us([lambda: target.copy_(source)]), graph_us([lambda: square @ square])
+    copy, matmul = 2 * source.nbytes / copy_us / 1e6, 2 * 8192**3 / matmul_us / 1e6
+    return Card(triton.testing.get_dram_gbps() / 1e3, copy, matmul, plain_us)
+
+
+def measure(problem: Problem, names: Sequence[str], card: Card) -> dict[str, float]:
+    """The floor, and microseconds a call of each contender that is installed and serves the problem."""
+    heads, query_len = problem.q.shape[1], problem.batch.max_query_len
+    found = {"floor": round(card.floor_us(problem.kv_lens, heads, query_len), 1)}
     expected = None
     for name in names:
         try:
             calls = (OURS | PEERS | PLANNED | FORCED)[name](problem)
             result = calls[0]().reshape(problem.q.shape[0], -1).float()
-            us = host_us(calls) if name == ON_THE_HOST else graph_us(apart(calls)) - plain_us
+            us = host_us(calls) if name == ON_THE_HOST else graph_us(apart(calls)) - card.plain_us
         except (ImportError, RuntimeError, AssertionError) as error:
             print(f"  {name}: {type(error).__name__}: {str(error)[:120]}", flush=True)
             continue
@@ -99,17 +115,17 @@ def with_ratio(row: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
     return row
 
 
-def table_rows(names: Sequence[str], plain_us: float) -> list[dict[str, Any]]:
+def table_rows(names: Sequence[str], card: Card) -> list[dict[str, Any]]:
     """Equal contexts."""
     rows = []
     for batch, heads, context, query_len in ROWS:
         problem = Problem.of([context] * batch, heads, query_len=query_len)
         row = {"batch": batch, "heads": heads, "context": context, "query_len": query_len}
-        rows.append(with_ratio(row, measure(problem, names, plain_us)))
+        rows.append(with_ratio(row, measure(problem, names, card)))
     return rows
 
 
-def trace_rows(paths: Sequence[Path], names: Sequence[str], plain_us: float) -> list[dict[str, Any]]:
+def trace_rows(paths: Sequence[Path], names: Sequence[str], card: Card) -> list[dict[str, Any]]:
     """Mean over decode steps of continuous-batching replays."""
     rows = []
     for path in paths:
@@ -118,23 +134,11 @@ def trace_rows(paths: Sequence[Path], names: Sequence[str], plain_us: float) -> 
             for heads in (16, 128):
                 sums: dict[str, list[float]] = {}
                 for kv_lens in steps(requests, concurrency, 4):
-                    for name, us in measure(Problem.of(kv_lens, heads), names, plain_us).items():
+                    for name, us in measure(Problem.of(kv_lens, heads), names, card).items():
                         sums.setdefault(name, []).append(us)
                 row = {"trace": path.stem, "requests": concurrency, "heads": heads}
                 rows.append(with_ratio(row, {name: round(statistics.mean(times), 1) for name, times in sums.items()}))
     return rows
-
-
-def card() -> dict[str, Any]:
-    """What the card does at best: copied bytes and bfloat16 operations a second."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    copy_us, matmul_us = graph_us([lambda: target.copy_(source)]), graph_us([lambda: square @ square])
-    return {
-        "copy TB/s": round(2 * source.nbytes / copy_us / 1e6, 2),
-        "matmul TFLOP/s": round(2 * 8192**3 / matmul_us / 1e6),
-    }
 
 
 def main() -> None:
@@ -147,16 +151,18 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    one = torch.zeros(1, device=DEVICE)
-    plain_us = graph_us([lambda: one.add_(1)], least=50)
+    card = this_card()
     measured: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    measured |= {"triton": triton.__version__, "plain kernel us": round(plain_us, 2), **card()}
+    measured |= {
+        "triton": triton.__version__, "plain kernel us": round(card.plain_us, 2), "DRAM TB/s": round(card.dram, 2),
+        "copy TB/s": round(card.copy, 2), "matmul TFLOP/s": round(card.matmul),
+    }  # fmt: skip
     print(measured, flush=True)
     for name in options.only.split(","):
         if name == "table":
-            measured[name] = table_rows(options.contenders, plain_us)
+            measured[name] = table_rows(options.contenders, card)
         else:
-            measured[name] = trace_rows(options.trace, options.contenders, plain_us)
+            measured[name] = trace_rows(options.trace, options.contenders, card)
         for key in ("ratio", "planned ratio"):
             ratios = [row[key] for row in measured[name] if key in row]
             if ratios:
