@@ -19,7 +19,7 @@ class Card:
     plain_us: float
 
     def floor_us(self, kv_lens: Sequence[int], heads: int, query_len: int) -> float:
-        """Microseconds that a bfloat16 decode takes at least: for cache rows, q and out once each, or the operations."""
+        """Microseconds that a bfloat16 decode takes at least: cache rows, q and out once each, or the operations."""
         keys, rows = sum(kv_lens), len(kv_lens) * query_len * heads
         bytes_moved = 2 * (keys * (LATENT + ROPE) + rows * (LATENT + ROPE + LATENT))
         operations = 2 * keys * query_len * heads * (LATENT + ROPE + LATENT)
