@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.testing
 
 from ci.bench_metadata import steps
 from ci.card import Card
@@ -79,8 +78,8 @@ def this_card() -> Card:
 
 def measure(problem: Problem, names: Sequence[str], card: Card) -> dict[str, float]:
     """The floor, and microseconds a call of each contender that is installed and serves the problem."""
-    heads, query_len = problem.q.shape[1], problem.batch.max_query_len
-    found = {"floor": round(card.floor_us(problem.kv_lens, heads, query_len), 1)}
+    floor_us = card.floor_us(problem.request().shape, problem.kv_lens, problem.batch.max_query_len)
+    found = {"floor": round(floor_us, 1)}
     expected = None
     for name in names:
         try:

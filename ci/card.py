@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LATENT, ROPE = 512, 64
+from portable_mla import MLAShape
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Card:
     matmul: float
     plain_us: float
 
-    def floor_us(self, kv_lens: Sequence[int], heads: int, query_len: int) -> float:
-        """Microseconds that a bfloat16 decode takes at least: cache rows, q and out once each, or the operations."""
-        keys, rows = sum(kv_lens), len(kv_lens) * query_len * heads
-        bytes_moved = 2 * (keys * (LATENT + ROPE) + rows * (LATENT + ROPE + LATENT))
-        operations = 2 * keys * query_len * heads * (LATENT + ROPE + LATENT)
+    def floor_us(self, shape: MLAShape, kv_lens: Sequence[int], query_len: int) -> float:
+        """Microseconds that a decode takes at least: cache rows, q and out once each, or the operations."""
+        keys, rows, width = sum(kv_lens), len(kv_lens) * query_len * shape.heads, shape.qk_dim + shape.latent_dim
+        bytes_moved = keys * shape.row_width * shape.cache_format.dtype.itemsize + rows * width * shape.q_dtype.itemsize
+        operations = 2 * keys * query_len * shape.heads * width
         return max(bytes_moved / self.dram, operations / self.matmul) / 1e6

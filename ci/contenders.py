@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ci.card import LATENT, ROPE
 from ci.forced import arch_with_tiles_of
 from portable_mla import Capacity, MLAAttention, MLAShape, PagedBatch, Phase, Request, arch_of
 from portable_mla.backend import DecodeInputs
@@ -21,7 +20,7 @@ from portable_mla.cache_format import CacheFormat
 from portable_mla.dispatch import load
 from portable_mla.metadata import DecodeBuffers, DecodeMetadata, Needs, Status
 
-PAGE_SIZE = 64
+PAGE_SIZE, LATENT, ROPE = 64, 512, 64
 SCALE = 192**-0.5
 # Of the caches that calls go through in turn: what loads leave in L2, of some policies for long, must not serve a later
 # call of the same contender.

@@ -46,7 +46,7 @@ class Serving(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.on_gpu = self.target.device != "cpu"
-        self.in_graphs = self.on_gpu and self.target.backend != "reference"
+        self.in_graphs = self.target.has_kernels
         self.usual, self.deterministic = self.build(), self.build(deterministic=True)
         self.fresh = self.build(persistent_metadata=False)
         self.held = {attention: held_by(attention) for attention in (self.usual, self.deterministic)}

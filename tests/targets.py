@@ -52,6 +52,11 @@ class Target:
         """Whether a vendor's library computes, whose refusals are many."""
         return isinstance(load(self.backend, arch_of(self.device).vendor), LibraryBackend)
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels on a GPU compute: neither a CPU nor the reference."""
+        return self.device != "cpu" and self.backend != "reference"
+
     def accepts(self, case: Case, *, deterministic: bool = False) -> bool:
         """Whether the backend serves the case, by its own word, and keeps to the rule over such data."""
         if case.content in EXTREME and self.of_a_library:
