@@ -141,7 +141,7 @@ def write_latent_kernel(
     q_source_ptr,  # [tokens, heads, ROPE], or None
     q_pe_ptr,  # [tokens, heads, ROPE], may be q_source
     rows_ptr,  # [tokens, LATENT + ROPE], or None
-    status_ptr,  # [6] int64, or None
+    status_ptr,  # [8] int64, or None
     eps,
     pages,
     table_rows,

@@ -77,7 +77,7 @@ def sm90_decode_kernel(
     lse_ptr,  # [tokens, HEADS] float32, natural log
     partial_out_ptr,  # [slots, max_rows, LATENT] float32, or float16 in units of peaks, columns transposed
     partial_stats_ptr,  # [slots, max_rows, 2 or 4] float32: base-2 level, sum, unit of each half of the columns
-    status_ptr,  # [6] int64
+    status_ptr,  # [8] int64
     softmax_scale,
     tokens,  # of q, which may have fewer than the plan
     page_rows,  # cache rows from one page to the next

@@ -147,7 +147,7 @@ def decode_kernel(
     lse_ptr,  # [tokens, HEADS] float32, natural log
     partial_out_ptr,  # [slots, max_rows, LATENT] float32
     partial_stats_ptr,  # [slots, max_rows, 2] float32: base-2 maximum, sum
-    status_ptr,  # [6] int64
+    status_ptr,  # [8] int64
     softmax_scale,
     tokens,
     pages,

@@ -51,7 +51,7 @@ def prepare_step_kernel(
     safe_kv_lens_ptr,  # [max_batch] int32
     safe_query_indptr_ptr,  # [max_batch + 1] int32
     states_ptr,  # [max_tokens] int32
-    status_ptr,  # [6] int64
+    status_ptr,  # [8] int64
     batch,
     max_batch,
     tokens,  # rows of q

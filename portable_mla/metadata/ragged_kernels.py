@@ -90,7 +90,7 @@ def write_ragged_kernel(
     kv_indptr_ptr,  # [max_batch + 1] int32; this and the two below are None where no indices are wanted
     last_page_len_ptr,  # [max_batch] int32
     kv_indices_ptr,  # [max_indices] int32
-    status_ptr,  # [6] int64
+    status_ptr,  # [8] int64
     batch,
     given_positions,
     max_batch,

@@ -154,7 +154,7 @@ def plan_splits_kernel(
     items_ptr,  # [max_items, 8] int32
     token_slots_ptr,  # [max_tokens, 4] int32
     summary_ptr,  # [4] int32: longest query_len, query tokens, items, slots
-    status_ptr,  # [6] int64
+    status_ptr,  # [8] int64
     batch,
     given_positions,
     parts,

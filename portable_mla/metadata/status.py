@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -20,6 +21,8 @@ class Fault(IntEnum):
     query_tokens = 3
     slot = 4
     position = 5
+    kv_scale = 6
+    context_len = 7
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Status:
     """One sticky word a kind of fault. Kernels only ever lower a word, so that the first faulty request stays; writing
     it needs no sync and works in captured graphs.
 
-    words: [6] int64, NO_FAULT or `request << 32 | value & 0xffffffff`; of slots and positions, a token's index is in
-    the request's place.
+    words: [8] int64, NO_FAULT or `request << 32 | value & 0xffffffff`; of slots and positions, a token's index is in
+    the request's place; of a kv_scale the value is the bits of its float32.
     """
 
     words: Tensor
@@ -77,5 +80,16 @@ def describe(fault: Fault, word: int, limits: Limits) -> str:
         ),
         Fault.slot: f"slots: token {request}: expected -1 or a slot of the {limits.max_pages} pages, got {value}",
         Fault.position: f"positions: token {request}: expected a row of cos_sin, got {value}",
+        Fault.kv_scale: f"kv_scale: expected a positive finite float, got {_float_of(value)}",
+        Fault.context_len: (
+            f"context: sequence {request}: expected 0 cached tokens up to the bound that was given (max_len, max_tokens), "
+            f"got {value}"
+        ),
     }
     return messages[fault]
+
+
+def _float_of(bits: int) -> float:
+    """The float32 of these bits, as a signed number."""
+    value: float = struct.unpack("<f", struct.pack("<i", bits))[0]
+    return value

@@ -12,6 +12,7 @@ QUERY_LEN = tl.constexpr(int(status.Fault.query_len))
 QUERY_TOKENS = tl.constexpr(int(status.Fault.query_tokens))
 SLOT = tl.constexpr(int(status.Fault.slot))
 POSITION = tl.constexpr(int(status.Fault.position))
+KV_SCALE = tl.constexpr(int(status.Fault.kv_scale))
 
 
 @triton.jit
