@@ -15,7 +15,8 @@ from portable_mla.errors import GraphCaptureError
 
 WIDEST = 16  # bytes: what Triton specialises pointers on
 _FARTHEST = 2**31 - 1  # bytes
-_REMEMBERED_GRIDS = 1024
+_MAX_GRIDS = 1024
+_MAX_KEYS = 4096
 
 
 def alignment(*tensors: Tensor | None, amd: bool | None = None) -> tuple[bool | None, ...]:
@@ -44,7 +45,8 @@ class KernelLaunch:
 
     The first launch of a key goes through Triton, which binds, specialises and compiles; later ones go straight to the
     compiled kernel, at a fifth of the host time. The key must tell apart whatever Triton specialises on: dtypes,
-    alignment of pointers, values of strides. compiling: entered around each first launch.
+    alignment of pointers, values of strides. Every other runtime scalar is in the kernel's do_not_specialize, whose
+    value Triton never bakes in. compiling: entered around each first launch.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class KernelLaunch:
         compiled = self.ready(key)
         if compiled is None:
             return functools.partial(self._first, key, grid)
-        if len(self._at) >= _REMEMBERED_GRIDS:
+        if len(self._at) >= _MAX_GRIDS:
             self._at.clear()
         launch: Callable[..., None] = straight(compiled, grid, self._trailing)
         self._at[key, grid] = launch
@@ -90,6 +92,8 @@ class KernelLaunch:
         with self._compiling():
             compiled = self._kernel[grid](*arguments, **self._constants)
         if compiled is not None:  # Triton's interpreter compiles nothing
+            if len(self._compiled) >= _MAX_KEYS:
+                self._compiled.pop(next(iter(self._compiled)))  # the oldest: Triton's own cache still has it
             self._compiled[key] = compiled
 
 

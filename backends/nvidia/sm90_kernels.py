@@ -64,7 +64,9 @@ from portable_mla.backends.triton.decode_kernels import LOG2_E
 from portable_mla.metadata.head_kernels import HEAD_FIELDS
 
 
-@gluon.jit(do_not_specialize=["tokens", "page_rows", "max_rows", "stride_lse_token", "stride_lse_head"])
+@gluon.jit(
+    do_not_specialize=["softmax_scale", "tokens", "page_rows", "max_rows", "stride_lse_token", "stride_lse_head"]
+)
 def sm90_decode_kernel(
     q_desc,  # descriptor of q as [tokens * HEADS, LATENT + ROPE], block [QUERY_ROWS, 64]
     kv_desc,  # descriptor of the cache, block [1, 64, 64]; of small pages as [rows, columns], block [PAGE_SIZE, 64]

@@ -86,9 +86,7 @@ class Sm90PrefillRunner:
         pointers = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, out, lse)
         key = (q.device.index, q.dtype, out.dtype, results, alignment(*pointers))
         launch = self._launches[inputs.causal]
-        launch.ready(key)  # before a capture could own the counter
-        if self._counter is None:
-            self._counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+        launch.ready(key)  # before a capture does anything that it could not repeat
         rope, block_n = self._widths[1], self._tile.block_n
         k_pe_desc = descriptor(k_pe[:, None], block_n, rope) if rope else descriptor(k_nope, block_n, BOX)
         tokens, batch = q.shape[0], inputs.sequences
@@ -96,10 +94,21 @@ class Sm90PrefillRunner:
         launch(
             key, (min(self._programs, slots * self._heads),),
             descriptor(q, HALF, BOX), descriptor(q, HALF, rope or BOX), descriptor(k_nope, block_n, BOX), k_pe_desc,
-            descriptor(v, block_n, BOX), inputs.cu_seqlens_q, inputs.cu_seqlens_k, self._counter, out, lse,
+            descriptor(v, block_n, BOX), inputs.cu_seqlens_q, inputs.cu_seqlens_k, self._queue(q), out, lse,
             softmax_scale, batch, tokens, k_nope.shape[0], slots, self._heads, self._head_group,
             q.stride(1), k_nope.stride(1), v.stride(1), *results,
         )  # fmt: skip
+
+
+    def _queue(self, q: Tensor) -> Tensor:
+        """The counter, 0 before and after each launch. One that a capture allocates is zeroed by the graph's replays
+        alone, so it serves that launch and is not kept."""
+        if self._counter is not None:
+            return self._counter
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._counter = counter
+        return counter
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,7 +131,8 @@ def box_layout(columns: int) -> gl.NVMMASharedLayout:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where TMA cannot read it."""
+    """The tensor, or a copy where TMA cannot read it: columns of all heads are counted in 31 bits."""
     stride = tensor.stride(0) if tensor.shape[0] > 1 else 0
-    seen = tensor.data_ptr() % 16 == 0 and stride % ALIGNED == 0 and tensor.stride(-1) == 1
+    near = tensor.dim() < 3 or (tensor.shape[1] - 1) * tensor.stride(1) + tensor.shape[2] < 2**31
+    seen = tensor.data_ptr() % 16 == 0 and stride % ALIGNED == 0 and tensor.stride(-1) == 1 and near
     return tensor if seen else tensor.clone(memory_format=torch.contiguous_format)

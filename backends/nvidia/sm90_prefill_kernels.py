@@ -237,8 +237,8 @@ def _attend_items(
 
 @gluon.jit(
     do_not_specialize=[
-        "batch", "tokens", "keys", "slots", "heads", "head_group", "stride_q_head", "stride_k_head", "stride_v_head",
-        "stride_lse_token", "stride_lse_head",
+        "softmax_scale", "batch", "tokens", "keys", "slots", "heads", "head_group", "stride_q_head", "stride_k_head",
+        "stride_v_head", "stride_lse_token", "stride_lse_head",
     ]
 )  # fmt: skip
 def sm90_prefill_kernel(

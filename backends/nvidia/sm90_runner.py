@@ -122,7 +122,7 @@ class Sm90Runner:
         it cannot take, or with a copy of q.
         """
         q, cache = inputs.q, inputs.kv_cache
-        rows = page_rows(cache)
+        rows = page_rows(cache) if cache.numel() else 0  # TMA has no tensors without rows
         if rows == 0:
             return None
         tokens, stride_slot = q.shape[0], _outer_strides(cache)[1]

@@ -133,7 +133,7 @@ def _write_partial(
     tl.store(partial_stats_ptr + 2 * slot_row + 1, row_sum, mask=row_valid)
 
 
-@triton.jit(do_not_specialize=["tokens", "pages", "max_rows"])
+@triton.jit(do_not_specialize=["softmax_scale", "tokens", "pages", "max_rows"])
 def decode_kernel(
     q_ptr,  # [tokens, HEADS, LATENT + ROPE]
     kv_ptr,  # [pages, PAGE_SIZE, LATENT + ROPE], or uint8 [pages, PAGE_SIZE, 656] where GROUPED

@@ -101,7 +101,7 @@ def _walk(
     return acc, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["tokens", "keys", "sequences", "heads"])
+@triton.jit(do_not_specialize=["softmax_scale", "tokens", "keys", "sequences", "heads"])
 def prefill_kernel(
     q_ptr,  # [tokens, heads, NOPE + REST + ROPE]
     k_nope_ptr,  # [keys, heads, NOPE + REST]

@@ -168,11 +168,13 @@ class TritonRunner:
     def _descriptors(self, cache: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
         """Descriptors of the latent and the rope columns.
 
-        None where the tile gathers, or where the cache's address or strides are not multiples of 16 bytes.
+        None where the tile gathers, where the cache has no pages, or where its address or strides are not multiples of
+        16 bytes.
         """
         size, strides = cache.shape, cache.stride()
         bytes_ = cache.element_size()
-        if self._tile.loads != "descriptor" or cache.data_ptr() % 16 or any(s * bytes_ % 16 for s in strides[:2]):
+        odd = cache.data_ptr() % 16 or any(s * bytes_ % 16 for s in strides[:2])
+        if self._tile.loads != "descriptor" or odd or not cache.numel():
             return None, None
         block_n, rope_dim = self._tile.block_n, self._shape.rope_dim
         latent = TensorDescriptor(cache, size, strides, [1, block_n, self._shape.latent_dim])

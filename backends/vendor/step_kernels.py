@@ -102,6 +102,7 @@ def prepare_step_kernel(
     do_not_specialize=[
         "heads",
         "query_len",
+        "natural_per_unit",
         "stride_from_lse_request",
         "stride_from_lse_query",
         "stride_from_lse_head",

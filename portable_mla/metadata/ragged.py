@@ -133,7 +133,7 @@ class RaggedForms:
         self.kv_indices.copy_(torch.where(real, index, self.kv_indices.long()))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _launch(page_size: int, index_size: int | None) -> KernelLaunch:
     from portable_mla.metadata.ragged_kernels import write_ragged_kernel
 

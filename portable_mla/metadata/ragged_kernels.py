@@ -70,6 +70,7 @@ def _fill(ptr, first, stop, value, BLOCK_C: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "batch",
+        "given_positions",
         "max_batch",
         "max_tokens",
         "max_indices",

@@ -133,6 +133,7 @@ def _report(status_ptr, lens, unit, strange_page, bad_page, faulty, end, max_tok
 @triton.jit(
     do_not_specialize=[
         "batch",
+        "given_positions",
         "parts",
         "max_tokens",
         "min_tiles",

@@ -8,7 +8,7 @@ graph stays right. The idea of planning on the device is FlashMLA's (DeepSeek, 2
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -113,6 +113,7 @@ class SplitPlan:
     summary: Tensor  # [4] int32: longest query_len, query tokens, items, slots
     # [parts * row_tiles, 16] int32: first item, end, its last two pages, rows, tiles of a part, 0, 0, that item
     heads: Tensor | None = None
+    _launches: dict[int, KernelLaunch] = field(default_factory=dict, repr=False, compare=False)  # by page size
 
     @classmethod
     def allocate(cls, shape: PlanShape, device: torch.device) -> SplitPlan:
@@ -142,6 +143,13 @@ class SplitPlan:
         """[max_tokens] int32, strided: where each query token stands in its request; 0 for padding."""
         return self.token_slots[:, 3]
 
+    def _launch(self, page_size: int) -> KernelLaunch:
+        """The plan's own reference to its launch: what other plans need cannot drop a kernel that this one compiled."""
+        launch = self._launches.get(page_size)
+        if launch is None:
+            launch = self._launches[page_size] = _launch_of(tuple(plan_constants(self.shape, page_size).items()))
+        return launch
+
     def update(self, batch: PagedBatch, status: Status, *, page_size: int, max_pages: int) -> None:
         """Plan one step in one launch; no value is read on the host. Lengths and pages out of range set `status`."""
         shape = self.shape
@@ -151,7 +159,7 @@ class SplitPlan:
         programs = max(-(-requests * shape.query_blocks // shape.units_per_program), 1)
         dtype = None if positions is None else positions.dtype
         key = (table.device.index, dtype, alignment(kv_lens, query_lens, positions, table))
-        _launch(shape, page_size)(
+        self._launch(page_size)(
             key, (programs,),
             kv_lens, query_lens, positions, table, self.table_header, self.part_indptr, self.heads, self.items,
             self.token_slots, self.summary, status.words,
@@ -165,9 +173,10 @@ def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-@functools.cache
-def _launch(shape: PlanShape, page_size: int) -> KernelLaunch:
-    return KernelLaunch(plan_splits_kernel, plan_constants(shape, page_size))
+@functools.lru_cache(maxsize=256)
+def _launch_of(constants: tuple[tuple[str, int], ...]) -> KernelLaunch:
+    """One launch for all shapes with these constants: plans of single calls come and go."""
+    return KernelLaunch(plan_splits_kernel, dict(constants))
 
 
 def plan_constants(shape: PlanShape, page_size: int) -> dict[str, int]:
