@@ -146,6 +146,21 @@ def test_a_finishing_launch_takes_the_tensors_of_its_own_call_and_keeps_none(mon
     assert kept() is None
 
 
+def test_a_librarys_results_at_an_odd_address_are_finished_by_a_kernel_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[Hashable] = []
+    monkeypatch.setattr(KernelLaunch, "at", lambda self, key, grid: lambda *arguments: launched.append(key))
+    monkeypatch.setattr(KernelLaunch, "ready", lambda self, key: "compiled")
+    step = Step(request("sm90"), table=False)
+    step.buffers = step._allocate(torch.device("cpu"))
+    out, lse = torch.zeros(4, 16, 512, dtype=torch.bfloat16), torch.zeros(4, 16)
+    theirs = torch.zeros(4 * 16 + 1)
+    for given in (theirs[:-1], theirs[1:]):
+        step._finishing_launch(False, out, lse)(given.view(4, 16, 1), (16, 1, 1), None, out, lse)
+    assert launched[0] != launched[1]
+
+
 def test_a_layout_is_remembered_once_its_finishing_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(KernelLaunch, "at", lambda self, key, grid: lambda *arguments: compiled.append("compiled"))

@@ -99,7 +99,6 @@ class Sm90PrefillRunner:
             q.stride(1), k_nope.stride(1), v.stride(1), *results,
         )  # fmt: skip
 
-
     def _queue(self, q: Tensor) -> Tensor:
         """The counter, 0 before and after each launch. One that a capture allocates is zeroed by the graph's replays
         alone, so it serves that launch and is not kept."""

@@ -144,9 +144,14 @@ class Step:
     def _update(self) -> None:
         metadata = self._metadata
         assert metadata is not None and metadata.ragged is not None, "asked for in needs()"
-        if not metadata.batch.kv_lens.is_cuda:
+        if metadata.batch.kv_lens.is_cuda:
+            self.launch_prepare(metadata)
+        else:
             self._update_with_torch(metadata)
-            return
+
+    def launch_prepare(self, metadata: DecodeMetadata) -> None:
+        """Describe the step in one launch."""
+        assert metadata.ragged is not None, "asked for in needs()"
         batch, capacity, page_size = metadata.batch, self._capacity, self._shape.page_size
         table = self.table if self._table else None
         key = (batch.device.index, table is None, alignment(batch.kv_lens, batch.query_lens, batch.block_table))
