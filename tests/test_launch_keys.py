@@ -61,8 +61,9 @@ def kernels() -> dict[str, JITFunction[Any]]:
     found: dict[str, JITFunction[Any]] = {}
     for module, tree in sources():
         for node in tree.body:
-            named = isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
-            if named and not ("sm90" in module and sm90.missing_names()):
+            if not isinstance(node, ast.FunctionDef) or not node.name.endswith("_kernel"):
+                continue
+            if not ("sm90" in module and sm90.missing_names()):
                 found[node.name] = getattr(importlib.import_module(module), node.name)
     return {name: kernel for name, kernel in found.items() if isinstance(kernel, JITFunction)}
 
@@ -256,7 +257,7 @@ def write_latent() -> None:
         call = WriteCase(gaps=gaps, norm=norm, index=index).build()
         launch_write(call)
         assert call.positions is not None
-        one = {name: odd(getattr(call, name)[:1]) for name in ("slots", "c_kv", "k_pe", "positions")}
+        one: dict[str, Any] = {name: odd(getattr(call, name)[:1]) for name in ("slots", "c_kv", "k_pe", "positions")}
         source = call.q_pe if call.q_source is None else call.q_source
         assert source is not None
         launch_write(replace(call, **one, q_source=None, q_pe=source[:1, :1], rows=None))

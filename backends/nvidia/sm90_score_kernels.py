@@ -38,6 +38,39 @@ def zero_tail(half, full, phase, valid):
 
 
 @gluon.jit
+def _drop_strip(strips, strip, first):
+    """Zero what is not finite in the rows of a strip from `first` of the block on."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    EXPONENT: gl.constexpr = 0x7F80 if strips.dtype == gl.bfloat16 else 0x7C00
+    hidden = strip * STRIP + gl.arange(0, STRIP, gl.SliceLayout(1, layout)) >= first
+    for tile in gl.static_range(HALF // BLOCK):
+        part = strips.index(tile * (BLOCK // STRIP) + strip)
+        value = part.load(layout)
+        infinite = (value.to(gl.int16, bitcast=True) & EXPONENT) == EXPONENT
+        part.store(gl.where(hidden[:, None] & infinite, gl.zeros_like(value), value))
+
+
+@gluon.jit
+def drop_hidden(half, position, item, PAGE_SIZE: gl.constexpr):
+    """Zero what is not finite in the keys of half a block that some query token does not see: its weight of 0 times NaN
+    would be NaN. A row that sees such a key has it in its scores, which come before, and is NaN by its weights.
+
+    There are at most seven such keys. A box of a whole block ends with the last key, so they are in its last strip; of
+    smaller pages they are in two.
+    """
+    strips = reinterpret(half.index(0), [BLOCK * HALF // (STRIP * BLOCK), STRIP, BLOCK], STRIPS)
+    if PAGE_SIZE >= BLOCK:
+        first = item.all_see - position - gl.minimum(item.kv_end - position - BLOCK, 0)
+        _drop_strip(strips, BLOCK // STRIP - 1, first)
+    else:
+        first = gl.maximum(item.all_see - position, 0)
+        for strip in range(first // STRIP, gl.minimum(first // STRIP + 2, BLOCK // STRIP)):
+            _drop_strip(strips, strip, first)
+    fence_async_shared()
+    synchronize()
+
+
+@gluon.jit
 def mask(scores, position, item, part, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """-inf where a row's query token does not see the key. A box of a whole block ends no later than the last key: what
     it has ahead of the block's first gets positions that wrap to far behind any end."""

@@ -15,6 +15,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     SCORES,
     SCORES_ROW,
     WEIGHTS_OPERAND,
+    drop_hidden,
     mask,
     rescale,
     score_half,
@@ -136,6 +137,8 @@ def left_warpgroup(
                     arrive(FREE_QUERY, QUERY_THREADS)
                 if position + BLOCK > item.all_see:
                     scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
+                    if BLOCK_Q > 1:
+                        drop_hidden(room.even.left, position, item, PAGE_SIZE)
                     if PAGE_SIZE < BLOCK and position + BLOCK > item.kv_end:
                         zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
                 acc, level, largest, row_sum = _lone_left(room, scores, acc, level, largest, scale)
@@ -146,6 +149,7 @@ def left_warpgroup(
                 scores = _score_even(room, q_rope, phase, ROPE)
                 if BLOCK_Q > 1 and position + BLOCK > item.all_see:
                     scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
+                    drop_hidden(room.even.left, position, item, PAGE_SIZE)
                 for _pair in range(item.pairs - 1):
                     acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                     phase ^= 1
@@ -204,6 +208,12 @@ def _fold_right(
         arrive(FREE_QUERY, QUERY_THREADS)
     if position + 2 * BLOCK > item.all_see:
         scores = mask(scores, position + BLOCK, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
+        if BLOCK_Q > 1:
+            drop_hidden(odd.left, position + BLOCK, item, PAGE_SIZE)  # which is multiplied later
+            drop_hidden(odd.right, position + BLOCK, item, PAGE_SIZE)
+            if position + BLOCK > item.all_see:
+                drop_hidden(room.even.right, position, item, PAGE_SIZE)
+            even_level = room.level0.load(SCORES_ROW)  # again: it would be spilled
     acc = rescale(acc, growth(level, even_level, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     block_largest = gl.max(scores, 1)
@@ -227,10 +237,12 @@ def _fold_right(
 
 
 @gluon.jit
-def _lone_right(room, acc):
+def _lone_right(room, acc, item, position, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """The lone block's share of columns 256..511."""
     zero = opaque(0)
     meet(WEIGHTS_0, PAIR_THREADS)
+    if BLOCK_Q > 1 and position + BLOCK > item.all_see:
+        drop_hidden(room.even.right, position, item, PAGE_SIZE)
     level = room.level0.load(SCORES_ROW)
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -259,7 +271,7 @@ def right_warpgroup(
             if item.lone > 0:
                 if PAGE_SIZE < BLOCK and position + BLOCK > item.kv_end:
                     zero_tail(room.even.right, room.even.right_full, even_phase, item.kv_end - position)
-                acc, level = _lone_right(room, acc)
+                acc, level = _lone_right(room, acc, item, position, BLOCK_Q, PAGE_SIZE)
                 if item.pairs == 0:
                     arrive(FREE_QUERY, QUERY_THREADS)  # Q has landed: the loaders have met this barrier's last opening
                 even_phase ^= 1

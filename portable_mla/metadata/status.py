@@ -82,8 +82,8 @@ def describe(fault: Fault, word: int, limits: Limits) -> str:
         Fault.position: f"positions: token {request}: expected a row of cos_sin, got {value}",
         Fault.kv_scale: f"kv_scale: expected a positive finite float, got {_float_of(value)}",
         Fault.context_len: (
-            f"context: sequence {request}: expected 0 cached tokens up to the bound that was given (max_len, max_tokens), "
-            f"got {value}"
+            f"context: sequence {request}: expected at least 0 cached tokens, within the bounds that were given "
+            f"(max_len, max_tokens), got {value}"
         ),
     }
     return messages[fault]
