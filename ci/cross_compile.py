@@ -158,6 +158,7 @@ def compile_gluon_prefill(request: Request, *, causal: bool = True) -> Any:
     }
     types |= {"out_ptr": "*fp32!" if request.float32_out else f"*{dtype}!", "lse_ptr": "*fp32!"}
     types |= {"stride_out_token": "i32!", "stride_out_head": "i32!", "softmax_scale": "fp32"}
+    types |= dict.fromkeys(("q_ptr", "k_nope_ptr", "k_pe_ptr", "v_ptr"), f"*{dtype}!")
     return _compiled(sm90_prefill_kernel, request.arch, types, constants, GluonASTSource)
 
 

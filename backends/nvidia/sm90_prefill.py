@@ -96,6 +96,7 @@ class Sm90PrefillRunner:
             descriptor(q, HALF, BOX), descriptor(q, HALF, rope or BOX), descriptor(k_nope, block_n, BOX), k_pe_desc,
             descriptor(v, block_n, BOX), inputs.cu_seqlens_q, inputs.cu_seqlens_k, self._queue(q), out, lse,
             softmax_scale, batch, tokens, k_nope.shape[0], slots, self._heads, self._head_group,
+            q, k_nope, k_pe, v, q.stride(0), k_nope.stride(0), k_pe.stride(0), v.stride(0),
             q.stride(1), k_nope.stride(1), v.stride(1), *results,
         )  # fmt: skip
 

@@ -12,7 +12,8 @@ HALF = gl.constexpr(64)  # rows of one warpgroup
 BOX = gl.constexpr(64)  # columns of the largest TMA box
 STAGES = gl.constexpr(2)
 ITEM_FIELDS = gl.constexpr(8)
-ITEM_SLOTS = gl.constexpr(2)  # a warpgroup may be an item behind the other
+ITEM_SLOTS = gl.constexpr(4)  # a warpgroup may be two items behind what is published, and reads its own again
+ADDRESSES = gl.constexpr(16)  # at most
 
 
 @aggregate
@@ -26,9 +27,10 @@ class PrefillRoom:
     keys_full: gl.shared_memory_descriptor  # [STAGES, 1]
     values_full: gl.shared_memory_descriptor
     items: gl.shared_memory_descriptor  # [ITEM_SLOTS, ITEM_FIELDS] int32
+    addresses: gl.shared_memory_descriptor  # [ADDRESSES] int64: see `publish_addresses`
 
     @gluon.constexpr_function
-    def __init__(self, query, keys, values, query_full, keys_full, values_full, items):
+    def __init__(self, query, keys, values, query_full, keys_full, values_full, items, addresses):
         self.query = query
         self.keys = keys
         self.values = values
@@ -36,6 +38,7 @@ class PrefillRoom:
         self.keys_full = keys_full
         self.values_full = values_full
         self.items = items
+        self.addresses = addresses
 
 
 @aggregate
@@ -175,7 +178,27 @@ def new_prefill_room(
         _new_parts(DTYPE, 2, HALF, NOPE, ROPE), _new_parts(DTYPE, STAGES, BLOCK_N, NOPE, ROPE),
         _new_part(DTYPE, STAGES, BLOCK_N, V_DIM), _new_barriers(), _new_barriers(), _new_barriers(),
         gl.allocate_shared_memory(gl.int32, [ITEM_SLOTS, ITEM_FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.int64, [ADDRESSES], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )  # fmt: skip
+
+
+@gluon.jit
+def publish_addresses(room, addresses):
+    """Keep where the inputs are, before the warps part; in registers it would cost the warpgroups spills. addresses: of
+    q, k_nope, k_pe and v, their strides from row to row, and from head to head of q, k_nope and v."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, ADDRESSES, layout)
+    packed = gl.zeros([ADDRESSES], gl.int64, layout)
+    for index in gl.static_range(len(addresses)):
+        packed = gl.where(field == index, addresses[index].to(gl.int64), packed)
+    room.addresses.store(packed)
+
+
+@gluon.jit
+def read_address(room, FIELD: gl.constexpr):
+    """One of them."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(room.addresses.slice(FIELD, 1).load(layout), 0)
 
 
 @gluon.jit

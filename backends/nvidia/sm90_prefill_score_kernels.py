@@ -95,16 +95,29 @@ def zero_tail(values, valid, BLOCK_N: gl.constexpr, V_DIM: gl.constexpr):
 
 
 @gluon.jit
+def _is_suspect(acc, norm, item, V_DIM: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Whether any row of the warpgroup has a value that is not finite and a sum that is."""
+    row = WARPGROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, accumulator(V_DIM)))
+    infinite = gl.sum(acc * 0.0, 1) != 0.0  # NaN, if anything is
+    return gl.max((infinite & (norm == norm) & (row < item.rows)).to(gl.int32), 0) > 0
+
+
+@gluon.jit
 def store(
-    acc, level, largest, row_sum, scale, item, results, DTYPE: gl.constexpr, V_DIM: gl.constexpr,
+    acc, level, largest, row_sum, scale, item, results, DTYPE: gl.constexpr, CAUSAL: gl.constexpr, V_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
-    """Normalises and writes the rows that the item has."""
+    """Normalises and writes the rows that the item has. Whether a row's values are not finite though its sum is, which
+    `mend_rows` then looks into."""
     layout: gl.constexpr = wide(V_DIM)
     log2_level = multiply(level, scale)
     gain = rounding_gain(largest, level, scale, DTYPE)
     norm = normaliser(level, row_sum, gain, scale, DTYPE)
-    acc = acc * gl.convert_layout(norm, gl.SliceLayout(1, accumulator(V_DIM)))[:, None]
+    acc_norm = gl.convert_layout(norm, gl.SliceLayout(1, accumulator(V_DIM)))
+    acc = acc * acc_norm[:, None]
+    suspect = False
+    if CAUSAL:
+        suspect = _is_suspect(acc, acc_norm, item, V_DIM, WARPGROUP)
     out = gl.convert_layout(acc.to(results.out_ptr.dtype.element_ty), layout)
     row = WARPGROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
     column = gl.arange(0, V_DIM, gl.SliceLayout(0, layout))
@@ -120,3 +133,4 @@ def store(
     log2_sum = log2_level + gl.log2(gl.where(empty, gl.full_like(row_sum, 1.0), row_sum))
     lse = gl.where(empty, gl.full_like(row_sum, float("-inf")), log2_sum * LN_2)
     gl.store(results.lse_ptr + lse_row, lse, mask=row < item.rows)
+    return suspect

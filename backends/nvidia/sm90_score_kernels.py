@@ -38,16 +38,11 @@ def zero_tail(half, full, phase, valid):
 
 
 @gluon.jit
-def _drop_strip(strips, strip, first):
-    """Zero what is not finite in the rows of a strip from `first` of the block on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    EXPONENT: gl.constexpr = 0x7F80 if strips.dtype == gl.bfloat16 else 0x7C00
-    hidden = strip * STRIP + gl.arange(0, STRIP, gl.SliceLayout(1, layout)) >= first
-    for tile in gl.static_range(HALF // BLOCK):
-        part = strips.index(tile * (BLOCK // STRIP) + strip)
-        value = part.load(layout)
-        infinite = (value.to(gl.int16, bitcast=True) & EXPONENT) == EXPONENT
-        part.store(gl.where(hidden[:, None] & infinite, gl.zeros_like(value), value))
+def _finite(value, hidden):
+    """The values, 0 where they are hidden and not finite."""
+    EXPONENT: gl.constexpr = 0x7F80 if value.dtype == gl.bfloat16 else 0x7C00
+    infinite = (value.to(gl.int16, bitcast=True) & EXPONENT) == EXPONENT
+    return gl.where(hidden & infinite, gl.zeros_like(value), value)
 
 
 @gluon.jit
@@ -56,16 +51,31 @@ def drop_hidden(half, position, item, PAGE_SIZE: gl.constexpr):
     would be NaN. A row that sees such a key has it in its scores, which come before, and is NaN by its weights.
 
     There are at most seven such keys. A box of a whole block ends with the last key, so they are in its last strip; of
-    smaller pages they are in two.
+    smaller pages they are in two. To be followed by `publish_drops`.
     """
-    strips = reinterpret(half.index(0), [BLOCK * HALF // (STRIP * BLOCK), STRIP, BLOCK], STRIPS)
+    TILES: gl.constexpr = HALF // BLOCK
     if PAGE_SIZE >= BLOCK:
+        layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
+        rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
+        tiles = reinterpret(half.index(0), [TILES, BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, rank=3))
+        strip = tiles.slice(BLOCK - STRIP, STRIP, 1)
         first = item.all_see - position - gl.minimum(item.kv_end - position - BLOCK, 0)
-        _drop_strip(strips, BLOCK // STRIP - 1, first)
+        hidden = BLOCK - STRIP + gl.arange(0, STRIP, rows) >= first
+        strip.store(_finite(strip.load(layout), hidden[None, :, None]))
     else:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        strips = reinterpret(half.index(0), [TILES * (BLOCK // STRIP), STRIP, BLOCK], STRIPS)
         first = gl.maximum(item.all_see - position, 0)
-        for strip in range(first // STRIP, gl.minimum(first // STRIP + 2, BLOCK // STRIP)):
-            _drop_strip(strips, strip, first)
+        for index in range(first // STRIP, gl.minimum(first // STRIP + 2, BLOCK // STRIP)):
+            hidden = index * STRIP + gl.arange(0, STRIP, gl.SliceLayout(1, layout)) >= first
+            for tile in gl.static_range(TILES):
+                strip = strips.index(tile * (BLOCK // STRIP) + index)
+                strip.store(_finite(strip.load(layout), hidden[:, None]))
+
+
+@gluon.jit
+def publish_drops():
+    """Let the products read what `drop_hidden` wrote."""
     fence_async_shared()
     synchronize()
 

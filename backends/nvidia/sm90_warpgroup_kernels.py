@@ -17,6 +17,7 @@ from portable_mla.backends.nvidia.sm90_score_kernels import (
     WEIGHTS_OPERAND,
     drop_hidden,
     mask,
+    publish_drops,
     rescale,
     score_half,
     score_rope,
@@ -139,6 +140,7 @@ def left_warpgroup(
                     scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                     if BLOCK_Q > 1:
                         drop_hidden(room.even.left, position, item, PAGE_SIZE)
+                        publish_drops()
                     if PAGE_SIZE < BLOCK and position + BLOCK > item.kv_end:
                         zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
                 acc, level, largest, row_sum = _lone_left(room, scores, acc, level, largest, scale)
@@ -150,6 +152,7 @@ def left_warpgroup(
                 if BLOCK_Q > 1 and position + BLOCK > item.all_see:
                     scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                     drop_hidden(room.even.left, position, item, PAGE_SIZE)
+                    publish_drops()
                 for _pair in range(item.pairs - 1):
                     acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                     phase ^= 1
@@ -213,6 +216,7 @@ def _fold_right(
             drop_hidden(odd.right, position + BLOCK, item, PAGE_SIZE)
             if position + BLOCK > item.all_see:
                 drop_hidden(room.even.right, position, item, PAGE_SIZE)
+            publish_drops()
             even_level = room.level0.load(SCORES_ROW)  # again: it would be spilled
     acc = rescale(acc, growth(level, even_level, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
@@ -243,6 +247,7 @@ def _lone_right(room, acc, item, position, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.
     meet(WEIGHTS_0, PAIR_THREADS)
     if BLOCK_Q > 1 and position + BLOCK > item.all_see:
         drop_hidden(room.even.right, position, item, PAGE_SIZE)
+        publish_drops()
     level = room.level0.load(SCORES_ROW)
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
