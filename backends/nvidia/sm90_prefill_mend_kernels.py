@@ -1,7 +1,7 @@
 """Rows that a value which they do not see made NaN, computed again key by key: its weight of 0 times NaN is NaN.
 
-Products of whole blocks cannot leave such a value out for some of their rows alone. Looking for it in each block, by the
-warp that loads values, cost 1 to 20 % of a prefill: predicted none, H200, 4x2048x128 1060 us -> 1146. Looking at an
+Products of whole blocks cannot leave such a value out for some of their rows alone. Looking for it in each block, by
+the warp that loads values, cost 1 to 20 % of a prefill: predicted none, H200, 4x2048x128 1060 us -> 1146. Looking at an
 item's results instead: predicted 0.5 %, 1081 -> 1094. What follows runs on broken inputs alone.
 """
 

@@ -34,11 +34,11 @@ def wide(columns):
 @core.extern
 def settle(value, count, _semantic=None):
     """The values, the first of each `count` of a thread computed before what follows: ptxas moves waits for wgmma over
-    arithmetic, but not over a barrier, and one that is arrived at if a value is infinite may be in the way."""
+    arithmetic, but not over a barrier. This one is arrived at for a NaN that no arithmetic makes: it has a payload."""
     count = int(getattr(count, "value", count))
     moves = " ".join(f"mov.b32 ${index}, ${count + index};" for index in range(count))
     return core.inline_asm_elementwise(
-        f"{{ .reg .pred p; setp.eq.f32 p, ${count}, 0f7F800000; @p bar.arrive 15, 256; {moves} }}",
+        f"{{ .reg .pred p; setp.eq.b32 p, ${count}, 0x7F80DEAD; @p bar.arrive 15, 256; {moves} }}",
         ",".join(["=f"] * count + ["f"] * count), [value], dtype=core.float32, is_pure=False, pack=count,
         _semantic=_semantic,
     )  # fmt: skip

@@ -46,12 +46,12 @@ def _finite(value, hidden):
 
 
 @gluon.jit
-def drop_hidden(half, position, item, PAGE_SIZE: gl.constexpr):
+def _drop_hidden(half, position, item, PAGE_SIZE: gl.constexpr):
     """Zero what is not finite in the keys of half a block that some query token does not see: its weight of 0 times NaN
     would be NaN. A row that sees such a key has it in its scores, which come before, and is NaN by its weights.
 
     There are at most seven such keys. A box of a whole block ends with the last key, so they are in its last strip; of
-    smaller pages they are in two. To be followed by `publish_drops`.
+    smaller pages they are in two.
     """
     TILES: gl.constexpr = HALF // BLOCK
     if PAGE_SIZE >= BLOCK:
@@ -74,8 +74,21 @@ def drop_hidden(half, position, item, PAGE_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def publish_drops():
-    """Let the products read what `drop_hidden` wrote."""
+def drop_hidden(half, position, item, PAGE_SIZE: gl.constexpr):
+    """`_drop_hidden` of half a block, where products can read it."""
+    _drop_hidden(half, position, item, PAGE_SIZE)
+    fence_async_shared()
+    synchronize()
+
+
+@gluon.jit
+def drop_hidden_of_pair(room, position, item, PAGE_SIZE: gl.constexpr):
+    """The same for what the right warpgroup prepares: both halves of the odd block, of which the other warpgroup
+    multiplies the left one later, and the right half of the even block."""
+    _drop_hidden(room.odd.left, position + BLOCK, item, PAGE_SIZE)
+    _drop_hidden(room.odd.right, position + BLOCK, item, PAGE_SIZE)
+    if position + BLOCK > item.all_see:
+        _drop_hidden(room.even.right, position, item, PAGE_SIZE)
     fence_async_shared()
     synchronize()
 

@@ -4,20 +4,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from portable_mla.backends.nvidia.sm90_room_kernels import (
-    BLOCK,
-    HALF,
-    item_at,
-    open_part,
-)
+from portable_mla.backends.nvidia.sm90_room_kernels import BLOCK, HALF, item_at, open_part
 from portable_mla.backends.nvidia.sm90_score_kernels import (
     ACC,
     SCORES,
     SCORES_ROW,
     WEIGHTS_OPERAND,
     drop_hidden,
+    drop_hidden_of_pair,
     mask,
-    publish_drops,
     rescale,
     score_half,
     score_rope,
@@ -140,7 +135,6 @@ def left_warpgroup(
                     scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                     if BLOCK_Q > 1:
                         drop_hidden(room.even.left, position, item, PAGE_SIZE)
-                        publish_drops()
                     if PAGE_SIZE < BLOCK and position + BLOCK > item.kv_end:
                         zero_tail(room.even.left, room.even.left_full, phase, item.kv_end - position)
                 acc, level, largest, row_sum = _lone_left(room, scores, acc, level, largest, scale)
@@ -152,7 +146,6 @@ def left_warpgroup(
                 if BLOCK_Q > 1 and position + BLOCK > item.all_see:
                     scores = mask(scores, position, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
                     drop_hidden(room.even.left, position, item, PAGE_SIZE)
-                    publish_drops()
                 for _pair in range(item.pairs - 1):
                     acc, level, largest, row_sum = _fold_left(room, scores, acc, level, largest, row_sum, scale)
                     phase ^= 1
@@ -212,11 +205,7 @@ def _fold_right(
     if position + 2 * BLOCK > item.all_see:
         scores = mask(scores, position + BLOCK, item, part, HEADS, BLOCK_Q, PAGE_SIZE)
         if BLOCK_Q > 1:
-            drop_hidden(odd.left, position + BLOCK, item, PAGE_SIZE)  # which is multiplied later
-            drop_hidden(odd.right, position + BLOCK, item, PAGE_SIZE)
-            if position + BLOCK > item.all_see:
-                drop_hidden(room.even.right, position, item, PAGE_SIZE)
-            publish_drops()
+            drop_hidden_of_pair(room, position, item, PAGE_SIZE)
             even_level = room.level0.load(SCORES_ROW)  # again: it would be spilled
     acc = rescale(acc, growth(level, even_level, scale))
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
@@ -247,7 +236,6 @@ def _lone_right(room, acc, item, position, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.
     meet(WEIGHTS_0, PAIR_THREADS)
     if BLOCK_Q > 1 and position + BLOCK > item.all_see:
         drop_hidden(room.even.right, position, item, PAGE_SIZE)
-        publish_drops()
     level = room.level0.load(SCORES_ROW)
     acc = warpgroup_mma(room.weights0.index(zero), room.even.right.index(zero), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
