@@ -56,7 +56,7 @@ def plan_rows() -> list[dict[str, Any]]:
         pages = int(problem.batch.block_table.max()) + 1
         shape = MLAShape(16, LATENT, ROPE, PAGE_SIZE, torch.bfloat16, CacheFormat.bf16)
         for name, (fixed, longest) in PLANS.items():
-            capacity = Capacity(batch, batch * longest, longest, 8192, pages, 0)
+            capacity = Capacity(batch, batch * longest, longest, 8192, pages)
             attention = MLAAttention(
                 shape, capacity, device=DEVICE, backend="triton", uniform_queries=longest == 1, deterministic=fixed
             )  # fmt: skip
@@ -138,7 +138,7 @@ def memory_rows() -> list[dict[str, Any]]:
     for batch, heads, context in ((256, 16, 131072), (256, 128, 131072), (32, 16, 1 << 20)):
         shape = MLAShape(heads, LATENT, ROPE, PAGE_SIZE, torch.bfloat16, CacheFormat.bf16)
         for deterministic in (False, True):
-            capacity = Capacity(batch, batch, 1, context, 1 << 20, 0)
+            capacity = Capacity(batch, batch, 1, context, 1 << 20)
             attention = MLAAttention(shape, capacity, device=DEVICE, backend="triton", deterministic=deterministic)
             row = {"batch": batch, "heads": heads, "context": context, "fixed": deterministic, **attention.memory()}
             print(row, flush=True)

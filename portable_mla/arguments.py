@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from portable_mla.cache_format import CacheFormat, cache_format_of
 from portable_mla.device import Arch, arch_of
 from portable_mla.launch import span_bytes
 from portable_mla.metadata import PagedBatch
+from portable_mla.scalars import check_scale
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
 _Q_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,7 +33,7 @@ class DecodeArguments:
     def __post_init__(self) -> None:
         check_tensors(self.q, self.kv_cache)
         check_device("block_table", self.batch.block_table, self.kv_cache)
-        check_scale("softmax_scale", self.softmax_scale)
+        object.__setattr__(self, "softmax_scale", check_scale("softmax_scale", self.softmax_scale))
         check_kv_scale(self.kv_scale, cache_format_of(self.kv_cache.dtype), arch_of(self.q.device), self.kv_cache)
         shape = self.shape
         if self.q.shape[2] != shape.qk_dim:
@@ -100,19 +100,17 @@ def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str = "kv
         raise ValueError(f"{name}: is on {tensor.device}, {other_name} is on {other.device}; move them to one device")
 
 
-def check_scale(name: str, scale: float) -> None:
-    """A scale is said, finite and positive; there is no default, since 1/sqrt(latent + rope) is wrong for MLA."""
-    if isinstance(scale, bool) or not isinstance(scale, float | int):
-        raise ValueError(f"{name}: expected a positive float, got {scale!r}. It is (nope + rope)**-0.5 * mscale**2")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{name}: expected a positive finite float, got {scale}")
-
-
 def check_kv_scale(
-    kv_scale: Tensor | None, cache_format: CacheFormat, arch: Arch, kv_cache: Tensor | None = None
+    kv_scale: Tensor | None,
+    cache_format: CacheFormat,
+    arch: Arch,
+    kv_cache: Tensor | None = None,
+    *,
+    values: bool = False,
 ) -> None:
     """A per-tensor scale is given exactly where the format needs one, on the cache's device where there is a cache, and
-    the format is of a flavour that the part reads."""
+    the format is of a flavour that the part reads. It is positive and finite: read where it is in host memory, and with
+    `values`, which waits for the device."""
     if cache_format in (CacheFormat.fp8_e4m3, CacheFormat.fp8_e4m3fnuz) and arch.float8 not in (
         None,
         cache_format.dtype,
@@ -131,6 +129,8 @@ def check_kv_scale(
         raise ValueError(f"kv_scale: expected one float32 value, got shape {tuple(kv_scale.shape)} of {kv_scale.dtype}")
     if kv_cache is not None:
         check_device("kv_scale", kv_scale, kv_cache)
+    if (kv_scale.device.type == "cpu" or values) and not torch.compiler.is_compiling():
+        check_scale("kv_scale", kv_scale.item())
 
 
 def check_cache_row(kv_cache: Tensor, shape: MLAShape) -> None:

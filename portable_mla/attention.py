@@ -15,6 +15,7 @@ from portable_mla.errors import GraphCaptureError, PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, PagedBatch, Status
 from portable_mla.ops import register_planned, result_tensors, scale_tensor
 from portable_mla.planned_calls import PlannedCalls
+from portable_mla.scalars import check_scale
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 from portable_mla.unobserved import unobserved
@@ -69,7 +70,7 @@ class MLAAttention:
         self._versioned: tuple[Tensor, ...] = ()  # the batch's tensors that count writes in place
         self._versions: list[int] = []  # their counts at the latest plan
         self._known_batch: tuple[object, ...] = ()  # what passed the latest check of a batch
-        self._calls = PlannedCalls(self.request)
+        self._calls = PlannedCalls(self.request, self._backend.reasons_unsupported)
         self._scaled = shape.cache_format.needs_scale
         self._captured = False
         self._handle = register_planned(self)
@@ -210,7 +211,8 @@ class MLAAttention:
         Raises PlanMismatch when the tensors, or lengths changed since, do not fit the plan.
         """
         ours = out is None and lse is None
-        direct = unobserved(q, kv_cache, out, lse, kv_scale) and type(softmax_scale) is float
+        softmax_scale = check_scale("softmax_scale", softmax_scale)
+        direct = unobserved(q, kv_cache, out, lse, kv_scale)
         out, lse = result_tensors(q, self.request.shape.latent_dim, out, lse)
         scale = None if kv_scale is None else scale_tensor(kv_scale, q.device)
         if direct:
@@ -233,7 +235,8 @@ class MLAAttention:
         if tokens != self._tokens and self._tokens is not None:
             raise PlanMismatch("query tokens", self._tokens, tokens, "A uniform batch has max_query_len a request")
         if kv_scale is not None or self._scaled:
-            check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache)
+            values = self._settings.debug and not capturing
+            check_kv_scale(kv_scale, self.request.shape.cache_format, self.request.arch, kv_cache, values=values)
         if tokens:
             with on_device_of(q):
                 inputs = DecodeInputs(q, kv_cache, memo, capturing)

@@ -7,9 +7,12 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from portable_mla.arguments import check_device
 from portable_mla.metadata import PagedBatch
 from portable_mla.pages import PagePool
+from portable_mla.settings import Settings
 from portable_mla.shape import MLAShape
+from portable_mla.write_arguments import check_slots
 
 
 class PagedLatentCache:
@@ -73,11 +76,45 @@ class PagedLatentCache:
         tokens = torch.arange(start, stop)
         return (pages[tokens // page_size] * page_size + tokens % page_size).to(self.storage.device)
 
+    @torch.no_grad()
     def write(self, layer: int, slots: Tensor, rows: Tensor) -> None:
-        """Store rows [tokens, row_width], already in the cache's dtype, at `slots` of one layer."""
+        """Store rows [tokens, row_width], in the cache's dtype, at `slots` [tokens] int32 or int64 of one layer.
+
+        -1 stores nothing. Raises IndexError naming the token for any other slot outside the cache, and writes nothing,
+        where values are in host memory or under PORTABLE_MLA_DEBUG=1; on a GPU such a slot stores nothing, without a
+        sync. Raises TypeError or ValueError for what does not fit.
+        """
+        self._check_write(layer, slots, rows)
+        stored = self.storage[layer].view(-1, self.shape.row_width)
+        if stored.dtype.itemsize == 1:  # torch selects no fp8
+            stored, rows = stored.view(torch.uint8), rows.view(torch.uint8)
+        if not slots.is_cuda or Settings.from_env().debug:
+            check_slots(slots, len(stored))
+        if not slots.is_cuda:
+            kept = slots >= 0
+            stored[slots[kept].long()] = rows[kept]
+        elif len(slots) and len(stored):
+            _write_on_device(stored, slots.long(), rows)
+
+    def _check_write(self, layer: int, slots: Tensor, rows: Tensor) -> None:
+        if not 0 <= layer < len(self.storage):
+            raise IndexError(f"layer: expected 0 to {len(self.storage) - 1}, got {layer}")
+        if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
+            raise TypeError(f"slots: expected [tokens] int32 or int64, got {list(slots.shape)} {slots.dtype}")
         if rows.dtype != self.storage.dtype or rows.shape != (slots.shape[0], self.shape.row_width):
             raise ValueError(
                 f"rows: expected [{slots.shape[0]}, {self.shape.row_width}] {self.storage.dtype}, "
                 f"got {list(rows.shape)} {rows.dtype}"
             )
-        self.storage[layer].view(-1, self.shape.row_width)[slots] = rows
+        check_device("slots", slots, self.storage, "the cache")
+        check_device("rows", rows, self.storage, "the cache")
+
+
+def _write_on_device(stored: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Store rows where their slot is one of `stored`'s, and read no value on the host: the others repeat the first of
+    those, or write back what is there."""
+    valid = (slots >= 0) & (slots < len(stored))
+    first = valid.int().argmax()
+    spare_slot = torch.where(valid.any(), slots[first], 0)
+    spare_row = torch.where(valid.any(), rows[first], stored[0])
+    stored[torch.where(valid, slots, spare_slot)] = torch.where(valid[:, None], rows, spare_row)

@@ -63,8 +63,9 @@ def write_latent(  # noqa: PLR0913 (the tensors and options of one write)
         q_pe_out: as q_pe, for instance the last columns of the absorbed query [tokens, heads, latent + rope].
         rows_out: [tokens, latent + rope], bfloat16, float16 or float32: also receives the rows, not quantised, such as
             a prefill expands into keys and values.
-        status: `MLAAttention.status_words`. On a GPU, a slot outside the cache stores nothing, and a position outside
-            cos_sin makes NaN; given these words, `MLAAttention.check` reports the first of each.
+        status: `MLAAttention.status_words`. On a GPU, a slot outside the cache stores nothing, a kv_scale that is not
+            positive and finite stores nothing either, and a position outside cos_sin makes NaN; given these words,
+            `MLAAttention.check` reports the first of each.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got.

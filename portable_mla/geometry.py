@@ -9,6 +9,7 @@ import torch
 
 from portable_mla.cache_format import CacheFormat
 from portable_mla.rope import RopeLayout
+from portable_mla.scalars import check_scale
 from portable_mla.shape import MLAShape
 
 
@@ -35,10 +36,14 @@ class LayerGeometry:
     latent_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "heads", "latent_dim", "nope_dim", "v_dim", "q_lora_rank", "softmax_scale"):
+        for name in ("hidden_size", "heads", "latent_dim", "nope_dim", "v_dim", "q_lora_rank"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in ("softmax_scale", "q_factor", "latent_factor"):
+            object.__setattr__(self, name, check_scale(name, getattr(self, name)))
+        if isinstance(self.norm_eps, bool) or not 0.0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps: expected a finite number, at least 0, got {self.norm_eps}")
         if self.rope_dim < 0 or self.rope_dim % 2:
             raise ValueError(f"rope_dim: expected an even width from 0, got {self.rope_dim}")
 

@@ -176,10 +176,10 @@ class MixedAttention:
                 max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=softmax_scale, backend=self._forced,
                 deterministic=self.request.deterministic, out=out, lse=lse,
             )  # fmt: skip
-        PrefillArguments(inputs, longest, longest, softmax_scale)
+        arguments = PrefillArguments(inputs, longest, longest, softmax_scale)
         out, lse = result_tensors(q, v.shape[2], out, lse)
         check_prefill_outputs(inputs, out, lse)
-        run_prefill(self._runner, inputs, out, lse, softmax_scale=softmax_scale)
+        run_prefill(self._runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
         return out, lse
 
     def prefill_absorbed(

@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from portable_mla.arguments import DecodeArguments, check_device, check_outputs, check_scale
+from portable_mla.arguments import DecodeArguments, check_device, check_outputs
 from portable_mla.backend import DecodeInputs, decode_runner
 from portable_mla.device import on_device_of
 from portable_mla.dispatch import select
 from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
+from portable_mla.scalars import check_scale
 from portable_mla.settings import Settings
 
 _LIBRARY = torch.library.Library("portable_mla", "DEF")
@@ -79,7 +80,7 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     for name, tensor in (("q", q), ("block_table", block_table), ("kv_lens", kv_lens)):
         check_device(name, tensor, kv_cache)
-    check_scale("softmax_scale", softmax_scale)
+    softmax_scale = check_scale("softmax_scale", softmax_scale)
     scale = scale_tensor(kv_scale, q.device)
     batch = (block_table, kv_lens, query_lens, max_query_len)
     tail = (softmax_scale, latent_dim, scale, deterministic, backend)
@@ -107,8 +108,7 @@ def scale_tensor(kv_scale: float | Tensor | None, device: torch.device) -> Tenso
     """A per-tensor scale as a float32 tensor on `device`; a Python float is checked by value."""
     if kv_scale is None or isinstance(kv_scale, Tensor):
         return kv_scale
-    check_scale("kv_scale", kv_scale)
-    return torch.full((), kv_scale, dtype=torch.float32, device=device)
+    return torch.full((), check_scale("kv_scale", kv_scale), dtype=torch.float32, device=device)
 
 
 class Planned(Protocol):
@@ -225,7 +225,7 @@ def _decode_planned(
     planned = _PLANNED.get(plan)
     if planned is None:
         raise ValueError(f"plan: expected the handle of a living MLAAttention, got {plan}")
-    planned.run(q, kv_cache, out, lse, softmax_scale, kv_scale)
+    planned.run(q, kv_cache, out, lse, check_scale("softmax_scale", softmax_scale), kv_scale)
 
 
 for _name, _implementation in (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from torch import Tensor
 
 from portable_mla.arguments import check_cache_row, check_outputs, check_tensors
 from portable_mla.backend import CallMemo
 from portable_mla.errors import PlanMismatch
-from portable_mla.launch import WIDEST
+from portable_mla.launch import WIDEST, span_bytes
 from portable_mla.shape import Request
 
 _REMEMBERED = 4096
@@ -17,8 +20,9 @@ class PlannedCalls:
     """Calls that fit a request. Tensors whose addresses, shapes and strides were checked need no second check: the
     layers of a model repeat them."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, request: Request, refuses: Callable[[Request], tuple[str, ...]]) -> None:
+        """refuses: the backend's reasons against a request."""
+        self._request, self._refuses = request, refuses
         self._memos: dict[tuple[object, ...], CallMemo] = {}
 
     def memo(self, q: Tensor, kv_cache: Tensor, out: Tensor, lse: Tensor, *, ours: bool) -> CallMemo:
@@ -59,7 +63,18 @@ class PlannedCalls:
         ):
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build an MLAAttention with more capacity")
+        self._check_span(span_bytes(kv_cache))
         check_outputs(out, lse, shape.latent_dim, {"q": q, "kv_cache": kv_cache})
+
+    def _check_span(self, span: int) -> None:
+        """A stated bound holds; without one, a cache whose pages are apart is fine where the backend serves it too."""
+        request, capacity = self._request, self._request.capacity
+        if span <= request.cache_bytes:
+            return
+        wider = replace(request, capacity=replace(capacity, cache_bytes=span))
+        if capacity.cache_bytes is not None or self._refuses(wider):
+            hint = "Build an MLAAttention whose Capacity states cache_bytes"
+            raise PlanMismatch("cache_bytes", request.cache_bytes, span, hint)
 
 
 def _laid_out(out: Tensor, lse: Tensor) -> tuple[object, ...]:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portable_mla.arguments import check_outputs, check_scale
+from portable_mla.arguments import check_outputs
 from portable_mla.backend import PrefillInputs, PrefillRunner, prefill_runner
 from portable_mla.device import on_device_of
 from portable_mla.dispatch import select
 from portable_mla.ops import result_tensors
 from portable_mla.prefill_arguments import PrefillArguments
+from portable_mla.scalars import check_scale
 from portable_mla.settings import Settings
 
 _LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
@@ -70,11 +71,11 @@ def mla_prefill(  # noqa: PLR0913 (the tensors and options of one attention call
     Source: DeepSeek-V2 (2024), section 2.1, in the expanded form.
     """
     inputs = (q, k_nope, k_pe, v, cu_seqlens_q, cu_seqlens_k)
+    softmax_scale = check_scale("softmax_scale", softmax_scale)
     tail = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic, backend)
     for name, tensor in zip(("q", "k_nope", "k_pe", "v", "cu_seqlens_q", "cu_seqlens_k"), inputs, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    check_scale("softmax_scale", softmax_scale)
     if out is None and lse is None:
         result: tuple[Tensor, Tensor] = torch.ops.portable_mla.prefill.default(*inputs, *tail)
         return result

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.arguments import check_dense, check_device, check_floating, check_scale
+from portable_mla.arguments import check_dense, check_device, check_floating
 from portable_mla.backend import PrefillInputs
 from portable_mla.device import arch_of
+from portable_mla.scalars import check_bound, check_scale
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
 _DIMENSIONS = {
@@ -32,11 +33,9 @@ class PrefillArguments:
 
     def __post_init__(self) -> None:
         check_prefill_tensors(self.inputs)
-        check_scale("softmax_scale", self.softmax_scale)
+        object.__setattr__(self, "softmax_scale", check_scale("softmax_scale", self.softmax_scale))
         for name in ("max_seqlen_q", "max_seqlen_k"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: expected an int of at least 0, got {value!r}")
+            check_bound(name, getattr(self, name))
 
     def request(self, *, deterministic: bool, float32_out: bool = False) -> Request:
         """The tightest request that this call fits."""
@@ -51,7 +50,6 @@ class PrefillArguments:
             max_query_len=most,
             max_context=self.max_seqlen_k,
             max_pages=0,
-            cache_bytes=0,
         )
         arch = arch_of(q.device)
         return Request(arch, shape, Phase.prefill, most, False, deterministic, capacity, float32_out)

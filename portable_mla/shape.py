@@ -65,8 +65,9 @@ class Capacity:
     """Upper bounds that hold for the life of a plan: they size buffers, grids and captured graphs.
 
     max_context: tokens of one request; max_pages: pages of one layer's cache; cache_bytes: bytes from the first to the
-    last byte of one layer's cache (kernels with 32-bit offsets refuse large ones). Of a prefill, max_batch are
-    sequences, max_query_len and max_context the caller's max_seqlen_q and max_seqlen_k, and nothing is in pages.
+    last byte of one layer's cache (kernels with 32-bit offsets refuse large ones), None for those of max_pages dense
+    pages: see `Request.cache_bytes`. Of a prefill, max_batch are sequences, max_query_len and max_context the caller's
+    max_seqlen_q and max_seqlen_k, and nothing is in pages.
     """
 
     max_batch: int
@@ -74,11 +75,13 @@ class Capacity:
     max_query_len: int
     max_context: int
     max_pages: int
-    cache_bytes: int
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _at_least(field.name, getattr(self, field.name), 0)
+            value = getattr(self, field.name)
+            if value is not None or field.name != "cache_bytes":
+                _at_least(field.name, value, 0)
         _at_least("max_query_len", self.max_query_len, 1)
 
 
@@ -109,6 +112,14 @@ class Request:
             f"{'float32 out, ' if self.float32_out else ''}{'deterministic, ' if self.deterministic else ''}"
             f"batch <= {self.capacity.max_batch}, context <= {self.capacity.max_context}"
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that one layer's cache spans at most: those that the capacity states, else those of its dense pages."""
+        shape, capacity = self.shape, self.capacity
+        if capacity.cache_bytes is not None:
+            return capacity.cache_bytes
+        return capacity.max_pages * shape.page_size * shape.row_width * shape.cache_format.dtype.itemsize
 
     def unstated(self) -> tuple[str, ...]:
         """What a prefill needs to know of its shape and does not, as reasons of a refusal."""

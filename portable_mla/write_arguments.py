@@ -68,8 +68,7 @@ class WriteArguments:
 
     def check_values(self) -> None:
         """Slots and positions name rows that exist; IndexError otherwise. Reads them on the host."""
-        slots = self.kv_cache.shape[0] * self.kv_cache.shape[1]
-        _check_range("slots", self.slots, -1, slots)
+        check_slots(self.slots, self.kv_cache.shape[0] * self.kv_cache.shape[1])
         if self.cos_sin is not None and self.positions is not None:
             _check_range("positions", self.positions[: len(self.slots)], 0, len(self.cos_sin))
 
@@ -142,6 +141,11 @@ def is_interleaved(layout: str) -> bool:
     if layout not in ("half", "interleaved"):
         raise ValueError(f"rope_layout: expected 'half' or 'interleaved', got {layout!r}")
     return layout == "interleaved"
+
+
+def check_slots(slots: Tensor, total: int) -> None:
+    """Slots by value: -1 is nowhere, any other is one of the `total`. Raises IndexError naming the token."""
+    _check_range("slots", slots, -1, total)
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:

@@ -35,7 +35,7 @@ def compare(dtype: torch.dtype) -> tuple[float, float]:
     lens = torch.full((BATCH,), CONTEXT, dtype=torch.int32)
     q = torch.randn(BATCH, HEADS, 576).to(dtype)
     shape = MLAShape(HEADS, 512, 64, PAGE, dtype, cache_format_of(dtype))
-    attention = MLAAttention(shape, Capacity(BATCH, BATCH, 1, CONTEXT, pages + 8, 0), device="cpu", backend="cpu")
+    attention = MLAAttention(shape, Capacity(BATCH, BATCH, 1, CONTEXT, pages + 8), device="cpu", backend="cpu")
     attention.plan(PagedBatch(table, lens))
 
     def sdpa() -> Tensor:

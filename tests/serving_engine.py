@@ -21,7 +21,6 @@ CAPACITY = Capacity(
     max_query_len=4,
     max_context=1200,
     max_pages=PAGES,
-    cache_bytes=PAGES * SHAPE.page_size * SHAPE.row_width * 2,
 )
 SCALE = 1.35 * SHAPE.qk_dim**-0.5  # not 1/sqrt(d): a wrong default must show
 

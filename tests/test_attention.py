@@ -14,7 +14,7 @@ from tests.cases import Case, build
 from tests.targets import Target
 
 SHAPE = MLAShape(4, 512, 64, 16, torch.bfloat16, CacheFormat.bf16)
-CAPACITY = Capacity(8, 32, 4, 4096, 4096, 0)
+CAPACITY = Capacity(8, 32, 4, 4096, 4096)
 
 
 def attention(device: str = "cpu", **options: Any) -> MLAAttention:

@@ -8,9 +8,64 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from portable_mla import CacheFormat, CacheFull, MLAShape, PagedLatentCache
+from portable_mla.cache import _write_on_device
 from portable_mla.pages import PagePool
 
 SHAPE = MLAShape(4, 512, 64, 16, torch.bfloat16, CacheFormat.bf16)
+
+
+@pytest.fixture
+def live() -> PagedLatentCache:
+    """A cache of eight slots, all of one request and full of ones."""
+    cache = PagedLatentCache(MLAShape(2, 8, 4, 4, torch.float32, CacheFormat.fp32), 2)
+    cache.allocate("live", 8)
+    cache.write(0, cache.slots("live", 0, 8), torch.ones(8, 12))
+    return cache
+
+
+def test_a_slot_of_minus_one_is_nowhere(live: PagedLatentCache) -> None:
+    live.write(0, torch.tensor([-1, 3]), torch.full((2, 12), 7.0))
+    assert (live.storage == 7).any(-1).sum() == 1 and (live.storage[0, 0, 3] == 7).all()
+
+
+@pytest.mark.parametrize("slot", [8, -2, 2**40])
+def test_a_slot_outside_the_cache_is_named_and_nothing_is_written(live: PagedLatentCache, slot: int) -> None:
+    with pytest.raises(IndexError, match=rf"slots: token 1: expected -1 to 7, got {slot}"):
+        live.write(0, torch.tensor([0, slot]), torch.full((2, 12), 7.0))
+    assert (live.storage == 1).all()
+
+
+@pytest.mark.parametrize("slots", [[-1, 5, 99, 2, -7], [-1, -1], [50], []], ids=str)
+@pytest.mark.parametrize("cache_format", [CacheFormat.fp32, CacheFormat.fp8_e4m3], ids=lambda f: f.name)
+def test_what_a_gpu_writes_without_reading_slots_is_what_a_cpu_writes(
+    slots: list[int], cache_format: CacheFormat
+) -> None:
+    rows = torch.arange(len(slots) * 12, dtype=torch.float32).view(-1, 12).to(cache_format.dtype).view(torch.uint8)
+    stored = torch.full((8, rows.shape[1] if len(slots) else 12), 99, dtype=torch.uint8)
+    expected = stored.clone()
+    for slot, row in zip(slots, rows, strict=True):
+        if 0 <= slot < 8:
+            expected[slot] = row
+    if slots:
+        _write_on_device(stored, torch.tensor(slots), rows)
+    assert torch.equal(stored, expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "slots", "error", "message"),
+    [
+        (-1, torch.tensor([0]), IndexError, "layer: expected 0 to 0, got -1"),
+        (1, torch.tensor([0]), IndexError, "layer: expected 0 to 0, got 1"),
+        (0, torch.tensor([0.0]), TypeError, "slots: expected"),
+        (0, torch.tensor([[0]]), TypeError, "slots: expected"),
+        (0, torch.tensor([0], device="meta"), ValueError, "slots: is on meta"),
+    ],
+)
+def test_a_wrong_write_is_refused_by_name(
+    live: PagedLatentCache, layer: int, slots: torch.Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        live.write(layer, slots, torch.zeros(1, 12))
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -193,7 +193,7 @@ def write(call: Any, **changes: Any) -> None:
         ({"kv_cache": torch.zeros(5, 16, 576).int()}, TypeError, "kv_cache: expected a dtype of"),
         ({"kv_cache": torch.zeros(5, 16, 575).bfloat16()}, ValueError, r"kv_cache: expected shape \(5, 16, 576\)"),
         ({"kv_cache": torch.zeros(5, 16, 657).byte()[..., 1:]}, ValueError, "strides that are multiples of 4"),
-        ({"status": torch.zeros(4).long()}, ValueError, r"status: expected shape \(6,\)"),
+        ({"status": torch.zeros(4).long()}, ValueError, r"status: expected shape \(8,\)"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_named_and_nothing_is_written(

@@ -118,7 +118,7 @@ class Server:
         )
         self.cache = PagedLatentCache(shape, 64, device=self.device)
         self.cache.storage.view(torch.uint8).fill_(0xFF)  # NaN in every format
-        capacity = Capacity(8, 256, 128, 128, 64, self.cache.storage.nbytes)
+        capacity = Capacity(8, 256, 128, 128, 64)
         self.attention: MLAAttention | MixedAttention
         if self.absorbed_only:
             self.attention = MLAAttention(shape, capacity, device=self.device, uniform_queries=False)
@@ -271,7 +271,7 @@ def test_every_published_geometry_makes_a_layer(name: str) -> None:
     ("field", "value", "message"),
     [
         ("hidden_size", 0, "hidden_size: expected a positive number, got 0"),
-        ("softmax_scale", -0.1, "softmax_scale: expected a positive number, got -0.1"),
+        ("softmax_scale", -0.1, "softmax_scale: expected a positive finite float, got -0.1"),
         ("rope_dim", 7, "rope_dim: expected an even width from 0, got 7"),
         ("q_lora_rank", 0, "q_lora_rank: expected a positive number, got 0"),
     ],

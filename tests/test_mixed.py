@@ -24,7 +24,7 @@ from tests.test_contract import same
 
 HEADS, ROPE = 3, 64
 GEOMETRY = (128, ROPE, 128)  # and chunked()'s latents: what every backend serves
-CAPACITY = Capacity(12, 600, 400, 1024, 400, 1 << 24)
+CAPACITY = Capacity(12, 600, 400, 1024, 400)
 
 
 @pytest.fixture(scope="session", params=prefill_targets(), ids=str)

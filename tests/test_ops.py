@@ -24,7 +24,7 @@ def planned(problem: Problem) -> MLAAttention:
     """An attention planned for the problem."""
     q, cache = problem.q, problem.kv_cache
     shape = MLAShape(q.shape[1], 512, 64, cache.shape[1], q.dtype, cache_format.cache_format_of(cache.dtype))
-    capacity = Capacity(8, 64, problem.batch.max_query_len, 4096, 256, 0)
+    capacity = Capacity(8, 64, problem.batch.max_query_len, 4096, 256)
     uniform = problem.batch.query_lens is None
     attention = MLAAttention(shape, capacity, device="cpu", uniform_queries=uniform)
     attention.plan(problem.batch)

@@ -48,7 +48,7 @@ def test_every_variable_sets_a_field_of_its_own() -> None:
 
 
 def test_the_environment_is_read_when_an_attention_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, capacity = MODELS["deepseek-v3"].shape(tensor_parallel=8), Capacity(1, 1, 1, 64, 1, 0)
+    shape, capacity = MODELS["deepseek-v3"].shape(tensor_parallel=8), Capacity(1, 1, 1, 64, 1)
     monkeypatch.setenv("PORTABLE_MLA_BACKEND", "reference")
     attention = MLAAttention(shape, capacity, device="cpu")
     monkeypatch.delenv("PORTABLE_MLA_BACKEND")
@@ -57,7 +57,7 @@ def test_the_environment_is_read_when_an_attention_is_built(monkeypatch: pytest.
 
 
 def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, capacity = MODELS["deepseek-v3"].shape(tensor_parallel=8), Capacity(1, 1, 1, 64, 1, 0)
+    shape, capacity = MODELS["deepseek-v3"].shape(tensor_parallel=8), Capacity(1, 1, 1, 64, 1)
     monkeypatch.setenv("PORTABLE_MLA_BACKEND", "reference")
     assert MLAAttention(shape, capacity, device="cpu", backend="cpu").backend == "cpu"
 
@@ -74,5 +74,5 @@ def test_a_backend_forced_by_the_environment_never_falls_back(monkeypatch: pytes
 
 def test_the_environment_can_ask_for_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTABLE_MLA_DETERMINISTIC", "1")
-    shape, capacity = MODELS["deepseek-v3"].shape(tensor_parallel=8), Capacity(1, 1, 1, 64, 1, 0)
+    shape, capacity = MODELS["deepseek-v3"].shape(tensor_parallel=8), Capacity(1, 1, 1, 64, 1)
     assert MLAAttention(shape, capacity, device="cpu").request.deterministic

@@ -139,7 +139,7 @@ def test_memory_is_bounded_whatever_the_context(batch: int, heads: int, context:
 
     problem = build(Case((1,), heads=heads, page_size=64))
     arguments = DecodeArguments(problem.q, problem.kv_cache, problem.batch, problem.latent_dim, problem.softmax_scale)
-    capacity = Capacity(batch, batch, 1, context, 1 << 20, 0)
+    capacity = Capacity(batch, batch, 1, context, 1 << 20)
     request = replace(arguments.request(False), arch=arch_named("sm90"), capacity=capacity)
     backend = load("triton", "nvidia")
     assert backend.bind(request).memory()["split partials"] <= 64 << 20

@@ -16,14 +16,15 @@ from portable_mla.device import ARCHS
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
-    ("errors", "cache_format", "registry", "packages", "rope", "absorption", "unobserved"),
+    ("errors", "cache_format", "registry", "packages", "rope", "absorption", "unobserved", "scalars"),
     ("device",),
     ("launch", "overlap"),
     ("shape", "settings"),
     ("metadata",),
     ("backend", "models", "geometry", "pages"),
-    ("dispatch", "cache", "arguments"),
+    ("dispatch", "arguments"),
     ("prefill_arguments", "write_arguments", "planned_calls"),
+    ("cache",),
     ("merge_kernels", "float8_kernels"),
     ("cache_write_kernels",),
     ("write_launch",),

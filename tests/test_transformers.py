@@ -329,7 +329,7 @@ def test_mlalayer_loads_a_module_and_is_it(family: str) -> None:
     shape = geometry.shape(torch.float32, CacheFormat.fp32, page_size=4)
     cache = PagedLatentCache(shape, 8)
     cache.allocate("a", 19)
-    attention = MLAAttention(shape, Capacity(1, 19, 19, 32, 8, 1 << 20), device="cpu")
+    attention = MLAAttention(shape, Capacity(1, 19, 19, 32, 8), device="cpu")
     batch = cache.batch(["a"], max_query_len=19)
     attention.plan(batch)
     got = layer(hidden[0], cache[0], LayerStep.of(attention, batch, 19, table))

@@ -58,7 +58,7 @@ class AiterBackend:
 
     def reasons_unsupported(self, request: Request) -> tuple[str, ...]:
         """What the allow-list leaves out."""
-        shape, capacity = request.shape, request.capacity
+        shape = request.shape
         geometry, by_format = (shape.latent_dim, shape.rope_dim), self.kernels.get(request.arch.name, {})
         by_heads = by_format.get(shape.cache_format.name, {})
         heads = padded_heads(shape.heads, by_heads)
@@ -80,8 +80,8 @@ class AiterBackend:
             ),
             (request.uniform_queries, "needs uniform_queries, got ragged: one length picks the kernel"),
             (
-                capacity.cache_bytes < MOST_CACHE_BYTES,
-                f"needs a cache below {MOST_CACHE_BYTES} bytes, got {capacity.cache_bytes} (ROCm/aiter#4452)",
+                request.cache_bytes < MOST_CACHE_BYTES,
+                f"needs a cache below {MOST_CACHE_BYTES} bytes, got {request.cache_bytes} (ROCm/aiter#4452)",
             ),
             (not request.deterministic, "needs deterministic off: where a context is split depends on the batch"),
         )

@@ -8,7 +8,7 @@ from portable_mla.backends.triton.pair_decode_kernels import attend_pairs
 from portable_mla.backends.triton.program_kernels import grouped_program_id
 from portable_mla.backends.triton.tile_kernels import START_MAX, key_rows, load_pages
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
-from portable_mla.metadata.status_kernels import QUERY_TOKENS, report_fault
+from portable_mla.metadata.status_kernels import QUERY_TOKENS, load_kv_scale, report_fault
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -182,7 +182,7 @@ def decode_kernel(
     item_lo = tl.load(part_indptr_ptr + part)
     item_hi = tl.load(part_indptr_ptr + part + 1)
     if kv_scale_ptr is not None:
-        softmax_scale *= tl.load(kv_scale_ptr)
+        softmax_scale *= load_kv_scale(kv_scale_ptr, status_ptr, pid == 0)
     for index in range(item_lo, item_hi):
         item_ptr = items_ptr + index * ITEM_FIELDS
         request = tl.load(item_ptr)

@@ -54,7 +54,6 @@ class Workload:
             max_query_len=1,
             max_context=self.max_context,
             max_pages=self.pages,
-            cache_bytes=self.layer_bytes,
         )
 
 

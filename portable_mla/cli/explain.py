@@ -54,14 +54,12 @@ class Question:
         if self.phase is Phase.prefill:
             return self._prefill(arch, shape)
         pages = self.batch * math.ceil(self.context / shape.page_size)
-        row_bytes = shape.row_width * shape.cache_format.dtype.itemsize
         capacity = Capacity(
             max_batch=self.batch,
             max_query_tokens=self.batch * self.query_len,
             max_query_len=self.query_len,
             max_context=self.context,
             max_pages=pages,
-            cache_bytes=pages * shape.page_size * row_bytes,
         )
         return Request(arch, shape, Phase.decode, self.query_len, not self.ragged, self.deterministic, capacity)
 
@@ -73,7 +71,6 @@ class Question:
             max_query_len=self.context,
             max_context=self.context,
             max_pages=0,
-            cache_bytes=0,
         )
         return Request(arch, shape, Phase.prefill, self.context, False, self.deterministic, capacity)
 

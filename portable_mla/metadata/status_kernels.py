@@ -22,3 +22,15 @@ def report_fault(status_ptr, FAULT: tl.constexpr, request, value, faulty):
     word = tl.min(tl.where(faulty, word, NO_FAULT), 0)
     if word != NO_FAULT:
         tl.atomic_min(status_ptr + FAULT, word)
+
+
+@triton.jit
+def load_kv_scale(kv_scale_ptr, status_ptr, reports):
+    """The per-tensor scale of a cache; NaN, and a fault where this program reports, unless it is positive and finite."""
+    kv_scale = tl.load(kv_scale_ptr)
+    right = (kv_scale > 0.0) & (kv_scale < float("inf"))
+    if status_ptr is not None:
+        one = tl.arange(0, 1)
+        bits = kv_scale.to(tl.int32, bitcast=True) + one
+        report_fault(status_ptr, KV_SCALE, one, bits, one == tl.where(reports & (right == 0), 0, 1))
+    return tl.where(right, kv_scale, float("nan"))
