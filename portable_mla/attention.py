@@ -120,17 +120,24 @@ class MLAAttention:
         ValueError or IndexError, naming the request, for lengths or page ids that host memory shows to be wrong; on a
         GPU those set the status words for `check`, or raise here under PORTABLE_MLA_DEBUG=1.
         """
-        self._check_batch(batch)
+        self.check_batch(batch)
         self._describe(batch, self._most_pages)
         self._batch, self._versioned = batch, _versioned(batch)
         self._versions = [tensor._version for tensor in self._versioned]
         self._tokens = batch.size * batch.max_query_len if batch.query_lens is None else None
 
-    def _describe(self, batch: PagedBatch, pages: int) -> None:
-        """Write the metadata, for page ids below `pages`."""
+    def check_batch(self, batch: PagedBatch) -> None:
+        """Raise what `plan` raises for this batch, and change nothing."""
+        self._check_fit(batch)
+        self._check_step(batch, self._most_pages)
+
+    def _check_step(self, batch: PagedBatch, pages: int) -> None:
         capturing = self._note_capture()
         if batch.device.type == "cpu" or (self._settings.debug and not capturing):
             self._check_values(batch, pages)
+
+    def _describe(self, batch: PagedBatch, pages: int) -> None:
+        """Write the metadata, for page ids below `pages`."""
         if not self._settings.persistent_metadata:
             self._buffers = self._new_buffers()
         with on_device_of(batch.kv_lens):
@@ -142,7 +149,7 @@ class MLAAttention:
         needs = replace(self._backend.needs(request), positions=True)
         return DecodeBuffers(request.capacity, request.shape.page_size, needs, self._status, debug=debug)
 
-    def _check_batch(self, batch: PagedBatch) -> None:
+    def _check_fit(self, batch: PagedBatch) -> None:
         known = (batch.kv_lens.shape, batch.max_query_len, batch.query_lens is None, batch.device)
         if known != self._known_batch:
             self._check_new_batch(batch)
@@ -253,6 +260,7 @@ class MLAAttention:
             raise GraphCaptureError(
                 f"the step was planned for a cache of {self._planned_pages} pages, this has {pages}"
             )
+        self._check_step(self._batch, pages)
         self._describe(self._batch, pages)
 
     def _check_planned(self) -> None:

@@ -57,13 +57,14 @@ class PagedLatentCache:
         width = max((len(row) for row in pages), default=1) or 1
         table = torch.tensor([[*row, *[0] * (width - len(row))] for row in pages], dtype=torch.int32)
         lens = [max_query_len] * len(requests) if query_lens is None else list(query_lens)
-        positions = [p for kv_len, n in zip(kv_lens, lens, strict=True) for p in range(kv_len - n, kv_len)]
+        positions = [max(p, 0) for kv_len, n in zip(kv_lens, lens, strict=True) for p in range(kv_len - n, kv_len)]
         return PagedBatch(
             table.view(len(requests), width).to(device),
             torch.tensor(kv_lens, dtype=torch.int32, device=device),
             None if query_lens is None else torch.tensor(lens, dtype=torch.int32, device=device),
             max_query_len,
             torch.tensor(positions, dtype=torch.int64, device=device),
+            kv_lens_on_host=tuple(kv_lens),
         )
 
     def slots(self, request: Hashable, start: int, stop: int) -> Tensor:

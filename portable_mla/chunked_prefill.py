@@ -67,7 +67,7 @@ def mla_chunked_prefill(  # noqa: PLR0913 (the tensors and options of one attent
     deterministic = deterministic or settings.deterministic
     inputs = PrefillInputs(q, k_nope, k_pe, v, cu_seqlens_q, cu_seqlens_k)
     new = PrefillArguments(inputs, max_seqlen_q, max_seqlen_k, softmax_scale)
-    context.check(inputs, values=q.device.type == "cpu" or settings.debug)
+    context.check(inputs, values=(values := q.device.type == "cpu" or settings.debug))
     out, lse = result_tensors(q, v.shape[2], out, lse)
     check_prefill_outputs(inputs, out, lse)
     if context.most_tokens and q.shape[0]:
@@ -80,6 +80,8 @@ def mla_chunked_prefill(  # noqa: PLR0913 (the tensors and options of one attent
         _attend(new, context, room, (out, lse), settings, deterministic=deterministic, backend=backend)
     else:
         serve_prefill(new, out, lse, deterministic=deterministic, backend=backend)
+    if not values:
+        context.poison(cu_seqlens_q, out, lse)
     return out, lse
 
 

@@ -11,8 +11,11 @@ from torch import Tensor
 from portable_mla.arguments import check_cache_row, check_device, check_kv_scale, check_q_dtype
 from portable_mla.backend import PrefillInputs
 from portable_mla.cache_format import cache_format_of, dequantise_rows
+from portable_mla.context_bounds import poison_rows
 from portable_mla.device import arch_of
 from portable_mla.metadata import PagedBatch
+from portable_mla.ops import scale_tensor
+from portable_mla.scalars import check_bound
 from portable_mla.shape import MLAShape
 
 FIXED_WINDOW = 1024  # tokens of a window where a row's bits must not depend on the other sequences
@@ -34,8 +37,10 @@ class CachedContext:
 
     kv_cache: [pages, page_size, row] of q's dtype or fp8, any outer strides; block_table: [sequences, width] int32;
     lens: [sequences] int32, read on the device alone; max_len: upper bound of one; max_tokens: of all together, where
-    the caller knows better than sequences * max_len: the work is bounded by it. w_uk: [heads, nope, latent] and w_uv:
-    [heads, v_dim, latent], of q's dtype. kv_scale: dequantisation scale of an fp8 cache, one float32 value.
+    the caller knows better than sequences * max_len: the work is bounded by it. Lengths over a bound are a ValueError
+    where they are in host memory or under PORTABLE_MLA_DEBUG=1; elsewhere the rows of such a sequence are NaN, and the
+    status words (`MLAAttention.status_words`), if given, say which. w_uk: [heads, nope, latent] and w_uv:
+    [heads, v_dim, latent], of q's dtype. kv_scale: dequantisation scale of an fp8 cache, a float or one float32 value.
     """
 
     kv_cache: Tensor
@@ -45,7 +50,29 @@ class CachedContext:
     w_uk: Tensor
     w_uv: Tensor
     max_tokens: int | None = None
-    kv_scale: Tensor | None = None
+    kv_scale: Tensor | float | None = None
+    status: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_bound("max_len", self.max_len)
+        if self.max_tokens is not None:
+            check_bound("max_tokens", self.max_tokens)
+        for name in ("kv_cache", "block_table", "lens", "w_uk", "w_uv"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(getattr(self, name)).__name__}")
+        for name, dimensions in (("w_uk", "[heads, nope, latent]"), ("w_uv", "[heads, v_dim, latent]")):
+            if getattr(self, name).dim() != 3:
+                raise ValueError(f"{name}: expected {dimensions}, got shape {tuple(getattr(self, name).shape)}")
+        object.__setattr__(self, "kv_scale", scale_tensor(self.kv_scale, self.kv_cache.device))
+
+    @property
+    def scale(self) -> Tensor | None:
+        """kv_scale as a tensor; NaN where the device finds that it is not positive and finite."""
+        scale = self.kv_scale
+        assert scale is None or isinstance(scale, Tensor), "converted"
+        if scale is None or scale.device.type == "cpu":
+            return scale
+        return torch.where((scale > 0) & (scale < torch.inf), scale, torch.nan)
 
     @property
     def most_tokens(self) -> int:
@@ -67,7 +94,9 @@ class CachedContext:
             raise ValueError(f"kv_cache: expected [pages, page_size, row], got shape {tuple(self.kv_cache.shape)}")
         cache_format = cache_format_of(self.kv_cache.dtype)
         check_q_dtype(q.dtype, cache_format)
-        check_kv_scale(self.kv_scale, cache_format, arch_of(q.device), self.kv_cache)
+        scale = self.kv_scale
+        assert scale is None or isinstance(scale, Tensor), "converted"
+        check_kv_scale(scale, cache_format, arch_of(q.device), self.kv_cache, values=values)
         page_size, rope_dim = self.kv_cache.shape[1], inputs.k_pe.shape[1]
         check_cache_row(self.kv_cache, MLAShape(heads, latent_dim, rope_dim, page_size, q.dtype, cache_format, nope))
         batch = PagedBatch(self.block_table, self.lens)
@@ -80,12 +109,20 @@ class CachedContext:
             longest = int(self.lens.max()) if batch.size else 0
             if longest > self.max_len:
                 raise ValueError(f"lens: expected at most {self.max_len} (max_len), got {longest}")
+            total = int(self.lens.sum())
+            if total > self.most_tokens:
+                raise ValueError(f"max_tokens: expected at least {total}, the sum of lens, got {self.max_tokens}")
+
+    def poison(self, cu_seqlens_q: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Make the rows NaN whose context is over the bounds, which windows leave out; reads nothing on the host."""
+        bounds = {"max_len": self.max_len, "max_tokens": self.most_tokens}
+        poison_rows(self.lens, cu_seqlens_q, out, lse, **bounds, status=self.status)
 
     def windows(self, rows: int, *, fixed: bool) -> Iterator[Window]:
         """All of the context in windows of at most so many rows. fixed: of one sequence each, cut by its own length and
         all of one size, since a matrix product's bits may depend on its rows."""
         sequences = self.lens.shape[0]
-        lens = self.lens.long()
+        lens = self.lens.long().clamp(min=0)
         if not fixed:
             ends = torch.cumsum(lens, 0)
             indptr = torch.cat([ends.new_zeros(1), ends])
@@ -106,6 +143,9 @@ class CachedContext:
         """Write the window's latent rows, dequantised, to out [rows, latent + rope]; NaN for a page that is not there.
         Rows past the window are anything."""
         pages, page_size, _ = self.kv_cache.shape
+        if not pages:
+            out.fill_(torch.nan)
+            return
         row = torch.arange(window.rows, device=out.device)
         sequence = torch.searchsorted(window.cu_seqlens, row.int(), right=True) - 1
         sequence = sequence.clamp(max=self.lens.shape[0] - 1)
@@ -115,5 +155,5 @@ class CachedContext:
         page = self.block_table[sequence, column.clamp(max=last)].long()
         absent = (page < 0) | (page >= pages) | (column > last)
         stored = self.kv_cache[page.masked_fill(absent, 0), position % page_size]
-        rows = dequantise_rows(stored, cache_format_of(self.kv_cache.dtype), self.kv_scale, out.dtype)
+        rows = dequantise_rows(stored, cache_format_of(self.kv_cache.dtype), self.scale, out.dtype)
         out.copy_(rows.masked_fill_(absent[:, None], torch.nan))

@@ -14,6 +14,7 @@ from portable_mla.context import CachedContext
 from portable_mla.geometry import LayerGeometry
 from portable_mla.layer_step import LayerStep
 from portable_mla.mixed import MixedAttention
+from portable_mla.ops import scale_tensor
 from portable_mla.overlap import Fork
 
 
@@ -86,13 +87,16 @@ class MLALayer(nn.Module):
         nn.Module.register_load_state_dict_pre_hook(self, _take_own_heads)
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor, kv_cache: Tensor, step: LayerStep, *, kv_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, kv_cache: Tensor, step: LayerStep, *, kv_scale: float | Tensor | None = None
+    ) -> Tensor:
         """hidden [tokens, hidden_size] -> [tokens, hidden_size]; writes the tokens' rows to kv_cache [pages, page_size,
-        row] first. Rows of padding are o_proj's bias, or 0. kv_scale: of an fp8 cache, one float32 value.
+        row] first. Rows of padding are o_proj's bias, or 0. kv_scale: of an fp8 cache, a float or one float32 value.
 
         Raises ValueError for shapes that do not fit, and what the attention raises.
         """
         geometry, attention = self.geometry, step.attention
+        scale = scale_tensor(kv_scale, kv_cache.device)
         if hidden.dim() != 2 or hidden.shape[1] != geometry.hidden_size:
             raise ValueError(f"hidden: expected [tokens, {geometry.hidden_size}], got {list(hidden.shape)}")
         if step.slots.shape[0] != hidden.shape[0]:
@@ -100,9 +104,9 @@ class MLALayer(nn.Module):
         if attention.request.shape.heads != self.heads:
             raise ValueError(f"step: expected an attention of {self.heads} heads, got {attention.request.shape.heads}")
         if isinstance(attention, MLAAttention):
-            out = self._absorbed(attention, hidden, kv_cache, step, kv_scale)
+            out = self._absorbed(attention, hidden, kv_cache, step, scale)
         else:
-            out = self._mixed(attention, hidden, kv_cache, step, kv_scale)
+            out = self._mixed(attention, hidden, kv_cache, step, scale)
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected
 
@@ -129,6 +133,7 @@ class MLALayer(nn.Module):
     ) -> Tensor:
         """[tokens, heads, v_dim], decodes in the absorbed form and prefills in the expanded one."""
         geometry, split = self.geometry, attention.split
+        context = self._context(step, kv_cache, kv_scale) if split.prefill_requests else None  # before rows are stored
         rows = hidden.new_empty(hidden.shape[0], geometry.latent_dim + geometry.rope_dim)
         with Fork(hidden, enabled=step.overlap) as fork:
             with fork.beside():
@@ -143,7 +148,7 @@ class MLALayer(nn.Module):
         )
         out[split.decode_rows] = expand(decodes, w_uv)
         if split.prefill_requests:
-            new, context = split.prefill_rows, self._context(step, kv_cache, kv_scale)
+            new = split.prefill_rows
             latent, k_pe = stored[new].split([geometry.latent_dim, geometry.rope_dim], dim=1)
             self._prefill(attention, q[new], latent, k_pe, context, out[new])
         return out
@@ -195,11 +200,12 @@ class MLALayer(nn.Module):
 
     def _context(self, step: LayerStep, kv_cache: Tensor, kv_scale: Tensor | None) -> CachedContext | None:
         """What the prefills have in the cache, where the step says that some have anything."""
-        if not step.longest_context:
-            return None
         assert isinstance(step.attention, MixedAttention), "only mixed steps have prefills"
+        longest = step.attention.longest_context() if step.longest_context is None else step.longest_context
+        if not longest:
+            return None
         w_uk, w_uv = self._dense_projections()
-        return step.attention.context(kv_cache, w_uk, w_uv, max_len=step.longest_context, kv_scale=kv_scale)
+        return step.attention.context(kv_cache, w_uk, w_uv, max_len=longest, kv_scale=kv_scale)
 
     def _prefill(
         self,

@@ -13,13 +13,16 @@ from portable_mla.attention import MLAAttention
 from portable_mla.backend import PrefillInputs, prefill_runner
 from portable_mla.chunked_prefill import mla_chunked_prefill
 from portable_mla.context import CachedContext
+from portable_mla.context_bounds import poison_rows
 from portable_mla.device import on_device_of
 from portable_mla.dispatch import Explanation, explain, select
 from portable_mla.errors import PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, MixedSplit, Needs, PagedBatch, Status
+from portable_mla.metadata.mixed import contexts_on_host
 from portable_mla.ops import result_tensors
 from portable_mla.prefill import check_prefill_outputs, run_prefill
 from portable_mla.prefill_arguments import PrefillArguments
+from portable_mla.scalars import check_bound
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
@@ -114,10 +117,30 @@ class MixedAttention:
     def plan(self, batch: PagedBatch, query_lens: Sequence[int]) -> None:
         """Prepare a step whose decodes come first. query_lens: those of the batch, as the scheduler has them.
 
-        Raises ValueError naming the request where a decode comes after a prefill, and what MLAAttention.plan raises.
+        Raises ValueError naming the request where a decode comes after a prefill, or where host memory shows a prefill
+        of more new tokens than it has in all, and what MLAAttention.plan raises; the step before is then still planned.
         """
         split = MixedSplit.of(query_lens, self._threshold)
         decodes, prefills = split.parts(batch)
+        self._check_capacity(batch, split)
+        capturing = batch.kv_lens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if batch.device.type == "cpu" or (self._settings.debug and not capturing):
+            _check_values(batch, prefills, query_lens, self.request)
+        contexts = contexts_on_host(prefills, query_lens[split.decode_requests :])
+        if self._absorbed is not None:
+            self._absorbed.check_batch(prefills)
+        self.decodes.check_batch(decodes)
+        if self._absorbed is not None:
+            self._absorbed.plan(prefills)
+        self.decodes.plan(decodes)  # a part without requests too: a captured graph may hold its launch
+        with on_device_of(batch.kv_lens):
+            ragged = self._offsets.update(prefills, self.request.capacity.max_pages).ragged
+        assert ragged is not None and prefills.query_lens is not None
+        torch.sub(prefills.kv_lens, prefills.query_lens, out=self._context_lens[: prefills.size])
+        self._context_lens[prefills.size :].zero_()
+        self._planned = _Planned(split, prefills.block_table, ragged.query_indptr, contexts)
+
+    def _check_capacity(self, batch: PagedBatch, split: MixedSplit) -> None:
         capacity = self.request.capacity
         for field, planned, got in (
             ("max_batch", capacity.max_batch, batch.size),
@@ -126,17 +149,27 @@ class MixedAttention:
         ):
             if got > planned:
                 raise PlanMismatch(field, planned, got, "Build a MixedAttention with more capacity")
-        if batch.device.type == "cpu" or self._settings.debug:
-            _check_values(batch, prefills, query_lens, self.request)
-        if self._absorbed is not None:
-            self._absorbed.plan(prefills)
-        self.decodes.plan(decodes)  # a part without requests too: a captured graph may hold its launch
-        with on_device_of(batch.kv_lens):
-            ragged = self._offsets.update(prefills, capacity.max_pages).ragged
-        assert ragged is not None and prefills.query_lens is not None
-        torch.sub(prefills.kv_lens, prefills.query_lens, out=self._context_lens[: prefills.size])
-        self._context_lens[prefills.size :].zero_()
-        self._planned = _Planned(split, prefills.block_table, ragged.query_indptr)
+
+    def longest_context(self) -> int:
+        """Upper bound of what a prefill of the latest plan has in the cache before its new tokens.
+
+        Exact where lengths are on the host: in host memory, or as the batch's kv_lens_on_host. Else it waits for the
+        device, once a step; while a graph is captured it is what the capacity allows, since a replay may have any.
+        """
+        planned = self._latest()
+        requests = planned.split.prefill_requests
+        if not requests:
+            return 0
+        if self._in_capture():
+            table = planned.block_table.shape[1] * self.request.shape.page_size
+            return max(min(self.request.capacity.max_context, table) - self._threshold - 1, 0)
+        if planned.contexts is None:
+            self._planned = planned = replace(planned, contexts=tuple(self._context_lens[:requests].tolist()))
+        assert planned.contexts is not None
+        return max(0, *planned.contexts)
+
+    def _in_capture(self) -> bool:
+        return self.decodes.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def decode(
         self,
@@ -177,9 +210,15 @@ class MixedAttention:
                 deterministic=self.request.deterministic, out=out, lse=lse,
             )  # fmt: skip
         arguments = PrefillArguments(inputs, longest, longest, softmax_scale)
+        unknown = self._in_capture() or planned.contexts is None
+        if not unknown:
+            _check_no_context(planned)
         out, lse = result_tensors(q, v.shape[2], out, lse)
         check_prefill_outputs(inputs, out, lse)
         run_prefill(self._runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
+        if unknown:
+            lens = self._context_lens[: planned.split.prefill_requests]
+            poison_rows(lens, offsets, out, lse, max_len=0, max_tokens=0, status=self._status.words)
         return out, lse
 
     def prefill_absorbed(
@@ -199,12 +238,32 @@ class MixedAttention:
         return self._absorbed(q, kv_cache, out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
 
     def context(
-        self, kv_cache: Tensor, w_uk: Tensor, w_uv: Tensor, *, max_len: int, kv_scale: Tensor | None = None
+        self,
+        kv_cache: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        *,
+        max_len: int | None = None,
+        kv_scale: float | Tensor | None = None,
     ) -> CachedContext:
-        """What the prefills of the latest plan have in a layer's cache before their new tokens. max_len: at most."""
+        """What the prefills of the latest plan have in a layer's cache before their new tokens. max_len: at most, if
+        unsaid `longest_context`. Raises ValueError naming the request where lengths on the host are over it."""
         planned = self._latest()
         lens = self._context_lens[: planned.split.prefill_requests]
-        return CachedContext(kv_cache, planned.block_table, lens, max_len, w_uk, w_uv, kv_scale=kv_scale)
+        max_len = self.longest_context() if max_len is None else check_bound("max_len", max_len)
+        max_tokens = None
+        if planned.contexts is not None and not self._in_capture():
+            over = next((i for i, length in enumerate(planned.contexts) if length > max_len), None)
+            if over is not None:
+                request = planned.split.decode_requests + over
+                raise ValueError(
+                    f"max_len: request {request} has {planned.contexts[over]} tokens in the cache before its new ones, "
+                    f"got {max_len}"
+                )
+            max_tokens = sum(planned.contexts)
+        return CachedContext(
+            kv_cache, planned.block_table, lens, max_len, w_uk, w_uv, max_tokens, kv_scale, self._status.words
+        )
 
 
 @dataclass(frozen=True)
@@ -212,6 +271,18 @@ class _Planned:
     split: MixedSplit
     block_table: Tensor  # [prefills, width] int32
     cu_seqlens: Tensor  # [max_batch + 1] int32: where the new tokens of each prefill begin
+    contexts: tuple[int, ...] | None  # of each prefill, where they are known on the host
+
+
+def _check_no_context(planned: _Planned) -> None:
+    assert planned.contexts is not None, "known"
+    cached = next((index for index, length in enumerate(planned.contexts) if length > 0), None)
+    if cached is not None:
+        request = planned.split.decode_requests + cached
+        raise ValueError(
+            f"context: request {request} has {planned.contexts[cached]} tokens in the cache before its new ones; "
+            "expected MixedAttention.context(...), got None"
+        )
 
 
 def _check_values(batch: PagedBatch, prefills: PagedBatch, query_lens: Sequence[int], request: Request) -> None:
@@ -223,3 +294,6 @@ def _check_values(batch: PagedBatch, prefills: PagedBatch, query_lens: Sequence[
         )
     capacity = request.capacity
     prefills.check_values(request.shape.page_size, capacity.max_pages, capacity.max_query_tokens)
+    for index, (kv_len, n) in enumerate(zip(batch.kv_lens.tolist(), query_lens, strict=True)):
+        if index >= batch.size - prefills.size and kv_len < n:
+            raise ValueError(f"kv_lens: request {index}: expected at least its {n} new tokens, got {kv_len}")

@@ -165,8 +165,9 @@ def test_a_table_or_lengths_that_are_not_int32(dtype: torch.dtype) -> None:
 
 
 def test_a_table_of_the_wrong_shape() -> None:
+    lens = torch.tensor([3, 5], dtype=torch.int32)
     refused(ValueError, r"kv_lens: expected \[1\] as block_table has rows, got 2", block_table=lambda t: t[:1])
-    refused(ValueError, r"block_table: expected \[batch, width >= 1\]", block_table=lambda t: t[:, :0])
+    refused(IndexError, r"block_table: request 0 column 0: .*got -1", block_table=lambda t: t[:, :0], kv_lens=lens)
     refused(ValueError, "block_table: expected 2 dimensions", block_table=lambda t: t[0])
 
 

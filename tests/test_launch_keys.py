@@ -16,6 +16,7 @@ from torch import Tensor
 
 from portable_mla import PagedBatch
 from portable_mla.backend import PrefillInputs
+from portable_mla.context_bounds import launch_poison
 from portable_mla.device import ARCHS
 from portable_mla.launch import KernelLaunch
 from portable_mla.merge import launch_merge
@@ -263,6 +264,15 @@ def write_latent() -> None:
         launch_write(replace(call, **one, q_source=None, q_pe=source[:1, :1], rows=None))
 
 
+def poison_rows() -> None:
+    """Bounds of any contexts, and results at odd addresses."""
+    for sequences, heads, placed in itertools.product((1, 2, 16), (1, 16), (lambda t: t, odd)):
+        lens, offsets = placed(torch.ones(sequences).int()), placed(torch.arange(sequences + 1).int())
+        out, lse = results(sequences, heads, 128, placed)
+        for bound, status in itertools.product((0, 1, 16), (None, Status.allocate(CPU).words)):
+            launch_poison(lens, offsets, out, lse, max_len=bound, max_tokens=bound, status=status)
+
+
 def prepare_step() -> None:
     """A library's step of any batch."""
     for table in (False, True):
@@ -287,8 +297,8 @@ def finish_rows() -> None:
 
 
 DRIVERS = (
-    plan_splits, write_ragged, decode, combine, prefill, sm90_prefill, sm90_decode, merge, write_latent, prepare_step,
-    finish_rows,
+    plan_splits, write_ragged, decode, combine, prefill, sm90_prefill, sm90_decode, merge, write_latent, poison_rows,
+    prepare_step, finish_rows,
 )  # fmt: skip
 
 
@@ -303,7 +313,7 @@ def test_one_key_is_one_compiled_kernel(drive: Callable[[], None], recorded: Rec
 @pytest.mark.parametrize(
     ("drive", "baked"),
     [(plan_splits, "given_positions"), (write_ragged, "given_positions"), (plan_splits, "batch"), (prefill, "tokens")],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_scalar_that_triton_could_bake_in_would_be_noticed(
     drive: Callable[[], None], baked: str, recorded: Recorded

@@ -113,7 +113,7 @@ def attend(mixed_attention: MixedAttention, step: Mixed, *, with_context: bool) 
 def test_a_mixed_step_has_the_bits_of_separate_steps(
     target: Target, decodes: list[tuple[int, int]], prefills: list[tuple[int, int]], with_context: bool, seed: int
 ) -> None:
-    several = tuple((n, n + context) for n, context in prefills)
+    several = tuple((n, n + context * with_context) for n, context in prefills)
     step = mixed(tuple(decodes), several or ((4, 4),), target.device, seed)
     if not several:
         first = len(decodes)

@@ -61,6 +61,13 @@ def mixed(shape: MLAShape, query_len: int) -> MixedAttention:
     return attention
 
 
+def fresh() -> MixedAttention:
+    """A mixed attention with a plan of three new tokens and none before."""
+    attention = MixedAttention(BF16, Capacity(1, 4, 4, 16, 4), device="cpu")
+    attention.plan(PagedBatch(ints(0, 1)[None], ints(3), ints(3), 3), [3])
+    return attention
+
+
 def context(**changes: object) -> CachedContext:
     """Five cached tokens of one sequence."""
     known = {"kv_cache": ROWS, "block_table": ints(0, 1)[None], "lens": ints(5), "max_len": 5}
@@ -78,7 +85,7 @@ SOFTMAX: dict[str, Callable[..., object]] = {
     "mla_decode": lambda s: mla_decode(Q, ROWS, ints(0, 1)[None], ints(8), softmax_scale=s, latent_dim=8),
     "planned": lambda s: planned(BF16)(Q, ROWS, softmax_scale=s),
     "mixed decode": lambda s: mixed(BF16, 1).decode(Q, ROWS, softmax_scale=s),
-    "mixed prefill": lambda s: mixed(BF16, 3).prefill(*EXPANDED, softmax_scale=s),
+    "mixed prefill": lambda s: fresh().prefill(*EXPANDED, softmax_scale=s),
     "mixed context": lambda s: mixed(BF16, 3).prefill(*EXPANDED, softmax_scale=s, context=context()),
     "mixed absorbed": lambda s: mixed(BF16, 3).prefill_absorbed(Q.expand(3, 2, 12), ROWS, softmax_scale=s),
     "mla_prefill": lambda s: mla_prefill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +15,21 @@ class PagedBatch:
 
     kv_lens include this step's tokens. Query token i of the n of a request sees positions <= kv_len - n + i.
     query_lens None: every request has exactly max_query_len query tokens; else max_query_len is the caller's upper
-    bound. Cells of block_table past a request's last page are never read.
+    bound. Cells of block_table past a request's last page are never read. A table without columns is one of requests
+    without pages.
     """
 
     block_table: Tensor  # [batch, width] int32: page ids, any row stride
     kv_lens: Tensor  # [batch] int32
     query_lens: Tensor | None = None  # [batch] int32
     max_query_len: int = 1
-    positions: Tensor | None = None  # [tokens] int32 or int64: RoPE positions, 0 for query tokens it does not reach
+    positions: Tensor | None = None  # [tokens] int32 or int64: RoPE positions, 0 for query tokens before the first
+    kv_lens_on_host: Sequence[int] | None = None  # kv_lens as the scheduler has them, where it has: spares a sync
 
     def __post_init__(self) -> None:
         _check_ints("block_table", self.block_table, 2)
         if self.block_table.shape[1] == 0:
-            raise ValueError(f"block_table: expected [batch, width >= 1], got shape {tuple(self.block_table.shape)}")
+            object.__setattr__(self, "block_table", self.block_table.new_full((self.block_table.shape[0], 1), -1))
         _check_per_request("kv_lens", self.kv_lens, self.block_table)
         if self.query_lens is not None:
             _check_per_request("query_lens", self.query_lens, self.block_table)
@@ -34,6 +37,8 @@ class PagedBatch:
             raise ValueError(f"max_query_len: expected at least 1, got {self.max_query_len}")
         if self.positions is not None:
             self._check_positions(self.positions)
+        if self.kv_lens_on_host is not None and len(self.kv_lens_on_host) != self.size:
+            raise ValueError(f"kv_lens_on_host: expected {self.size} lengths, got {len(self.kv_lens_on_host)}")
 
     def _check_positions(self, positions: Tensor) -> None:
         if positions.dtype not in (torch.int32, torch.int64):
@@ -65,6 +70,9 @@ class PagedBatch:
         Raises ValueError for a length outside its bounds and IndexError for a page id outside the cache, each naming
         the request.
         """
+        if self.kv_lens_on_host is not None and self.kv_lens.tolist() != list(self.kv_lens_on_host):
+            expected, got = self.kv_lens.tolist(), list(self.kv_lens_on_host)
+            raise ValueError(f"kv_lens_on_host: expected those of kv_lens, {expected}, got {got}")
         capacity = self.block_table.shape[1] * page_size
         _check_range("kv_lens", self.kv_lens, capacity, f"block_table holds {capacity} tokens a request")
         tokens = self.size * self.max_query_len

@@ -57,7 +57,13 @@ class MixedSplit:
             raise ValueError(f"query_lens: expected the batch to have {requests}, one a request, got {given}")
         first, second = slice(0, self.decode_requests), slice(self.decode_requests, None)
         decodes, prefills = (
-            PagedBatch(batch.block_table[part], batch.kv_lens[part], batch.query_lens[part], longest)
+            PagedBatch(
+                batch.block_table[part],
+                batch.kv_lens[part],
+                batch.query_lens[part],
+                longest,
+                kv_lens_on_host=None if batch.kv_lens_on_host is None else batch.kv_lens_on_host[part],
+            )
             for part, longest in ((first, self.threshold), (second, max(self.longest_prefill, 1)))
         )
         if batch.positions is None:
@@ -66,3 +72,11 @@ class MixedSplit:
             replace(decodes, positions=batch.positions[self.decode_rows]),
             replace(prefills, positions=batch.positions[self.prefill_rows]),
         )
+
+
+def contexts_on_host(prefills: PagedBatch, query_lens: Sequence[int]) -> tuple[int, ...] | None:
+    """What each prefill has in the cache before its new tokens, where lengths are on the host."""
+    kv_lens = prefills.kv_lens_on_host
+    if kv_lens is None and prefills.device.type == "cpu":
+        kv_lens = prefills.kv_lens.tolist()
+    return None if kv_lens is None else tuple(kv_len - n for kv_len, n in zip(kv_lens, query_lens, strict=True))

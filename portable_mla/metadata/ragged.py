@@ -153,7 +153,7 @@ def _positions(batch: PagedBatch, start: Tensor, request: Tensor, index: Tensor,
     given = batch.positions
     if given is not None:
         return torch.nn.functional.pad(given, (0, max(len(token) - len(given), 0)))[: len(token)]
-    return start[request] + index if batch.size else token
+    return (start[request] + index).clamp(min=0) if batch.size else token
 
 
 def _cumulate(counts: Tensor, indptr: Tensor) -> None:

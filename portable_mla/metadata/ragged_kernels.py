@@ -54,7 +54,7 @@ def _write_positions(
         index = base + tl.arange(0, BLOCK_C)
         token = start + index
         mask = (index < tokens) & (token < max_tokens)
-        position = kv_len - query_len + index
+        position = tl.maximum(kv_len - query_len + index, 0)
         if given_ptr is not None:
             position = tl.load(given_ptr + token, mask=mask & (token < given), other=0).to(tl.int32)
         tl.store(positions_ptr + token, position, mask=mask)

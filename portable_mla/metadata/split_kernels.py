@@ -87,7 +87,7 @@ def _write_tokens(
         index = base + tl.arange(0, BLOCK_Q)[None, :]
         token = query_start[:, None] + index
         mask = (index < tokens[:, None]) & (token < max_tokens)
-        position = (seen - tokens)[:, None] + index
+        position = tl.maximum((seen - tokens)[:, None] + index, 0)
         if positions_ptr is not None:
             position = tl.load(positions_ptr + token, mask=mask & (token < given), other=0).to(tl.int32)
         record_ptr = token_slots_ptr + token.to(tl.int64) * TOKEN_FIELDS

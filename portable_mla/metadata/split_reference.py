@@ -76,7 +76,7 @@ def plan_splits_reference(
         slot += len(own) if split else 0
         for index in range(unit.query_len):
             if unit.query_start + index < shape.max_tokens:
-                position = unit.kv_len - unit.query_len + index
+                position = max(unit.kv_len - unit.query_len + index, 0)
                 tokens[unit.query_start + index] = (low, high, index, position)
     part_indptr = [bisect.bisect_left(items, part, key=lambda item: item[1]) for part in range(shape.parts + 1)]
     summary = (max([0, *query_lens]), sum(max(n, 0) for n in query_lens), len(items), slot)

@@ -13,6 +13,7 @@ QUERY_TOKENS = tl.constexpr(int(status.Fault.query_tokens))
 SLOT = tl.constexpr(int(status.Fault.slot))
 POSITION = tl.constexpr(int(status.Fault.position))
 KV_SCALE = tl.constexpr(int(status.Fault.kv_scale))
+CONTEXT_LEN = tl.constexpr(int(status.Fault.context_len))
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def report_fault(status_ptr, FAULT: tl.constexpr, request, value, faulty):
 
 @triton.jit
 def load_kv_scale(kv_scale_ptr, status_ptr, reports):
-    """The per-tensor scale of a cache; NaN, and a fault where this program reports, unless it is positive and finite."""
+    """The per-tensor scale of a cache; NaN, and a fault if this program reports, unless it is positive and finite."""
     kv_scale = tl.load(kv_scale_ptr)
     right = (kv_scale > 0.0) & (kv_scale < float("inf"))
     if status_ptr is not None:
