@@ -46,9 +46,9 @@ class _Softmax:
     """An online softmax over chunks of keys, in float32. rows: leading dimensions of the scores; width: of a value."""
 
     def __init__(self, rows: tuple[int, int], width: int) -> None:
-        self._maximum = torch.full(rows, -torch.inf)
-        self._total = torch.zeros(rows)
-        self._acc = torch.zeros(*rows, width)
+        self._maximum = torch.full(rows, -torch.inf, dtype=torch.float32, device="cpu")
+        self._total = torch.zeros(rows, dtype=torch.float32, device="cpu")
+        self._acc = torch.zeros(*rows, width, dtype=torch.float32, device="cpu")
 
     def fold(self, scores: Tensor, values: Tensor) -> None:
         """Take in one chunk for the first rows. scores: [n, rows, keys], overwritten; values: [n, keys, width]."""
@@ -117,9 +117,9 @@ class CpuRunner:
         kv_lens = batch.kv_lens[chosen].long()
         page_size = self._shape.page_size
         width = -(-int(kv_lens[0]) // page_size)
-        has_page = torch.arange(width) * page_size < kv_lens[:, None]
+        has_page = torch.arange(width, dtype=torch.int64, device="cpu") * page_size < kv_lens[:, None]
         pages = batch.block_table[chosen, :width].long().masked_fill(~has_page, 0)
-        step = torch.arange(int(query_lens.max()))
+        step = torch.arange(int(query_lens.max()), dtype=torch.int64, device="cpu")
         has_token = step < query_lens[:, None]
         tokens = (starts[:, None] + step).masked_fill(~has_token, 0)
         last_seen = (kv_lens - query_lens)[:, None] + step
@@ -150,7 +150,7 @@ class CpuRunner:
             n = slab.active(start)
             rows = self._gather(slab, inputs.kv_cache, kv_scale, start, n)
             scores = torch.bmm(q[:n], rows.transpose(1, 2))
-            position = torch.arange(start, start + rows.shape[1])
+            position = torch.arange(start, start + rows.shape[1], dtype=torch.int64, device="cpu")
             if start + rows.shape[1] > int(last_seen[:n].min()) + 1:
                 scores.masked_fill_(position > last_seen[:n, :, None], -torch.inf)
             softmax.fold(scores, rows[..., :latent_dim])
@@ -165,7 +165,7 @@ class CpuRunner:
         rows = dequantise_rows(stored, self._shape.cache_format, kv_scale, torch.float32)
         rows = rows.view(n, -1, self._shape.qk_dim)
         if start + rows.shape[1] > int(slab.kv_lens[n - 1]):
-            position = torch.arange(start, start + rows.shape[1])
+            position = torch.arange(start, start + rows.shape[1], dtype=torch.int64, device="cpu")
             rows.masked_fill_((position >= slab.kv_lens[:n, None])[..., None], 0.0)
         return rows
 
@@ -192,9 +192,11 @@ class CpuPrefill:
                 tokens = slice(start, min(start + PREFILL_TOKENS, end))
                 last_seen = len(v) - 1
                 if inputs.causal:
-                    last_seen = len(v) - end + torch.arange(tokens.start, tokens.stop)
+                    last_seen = len(v) - end + torch.arange(tokens.start, tokens.stop, dtype=torch.int64, device="cpu")
                 q = (inputs.q[tokens].float() * softmax_scale).transpose(0, 1)
-                block, block_lse = self._attend(q, k_nope, k_pe, v, torch.as_tensor(last_seen))
+                block, block_lse = self._attend(
+                    q, k_nope, k_pe, v, torch.as_tensor(last_seen, dtype=torch.int64, device="cpu")
+                )
                 out[tokens], lse[tokens] = block.transpose(0, 1).to(out.dtype), block_lse.T
 
     def _attend(self, q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, last_seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +207,7 @@ class CpuPrefill:
             chunk = slice(start, start + CHUNK_TOKENS)
             scores = torch.bmm(q[..., :nope_dim], k_nope[chunk].float().permute(1, 2, 0))
             scores += q[..., nope_dim:] @ k_pe[chunk].float().T
-            position = torch.arange(start, start + scores.shape[2])
+            position = torch.arange(start, start + scores.shape[2], dtype=torch.int64, device="cpu")
             scores.masked_fill_(position > last_seen[..., None], -torch.inf)
             softmax.fold(scores, v[chunk].float().transpose(0, 1))
         return softmax.results()

@@ -110,8 +110,8 @@ def _softmax(scores: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Weights and lse [n, heads] of scores [n, heads, keys]; causal: token i of n sees keys <= keys - n + i."""
     queries, keys = scores.shape[0], scores.shape[2]
     if causal:
-        last_seen = keys - queries + torch.arange(queries, device=scores.device)
-        hidden = torch.arange(keys, device=scores.device) > last_seen[:, None]
+        last_seen = keys - queries + torch.arange(queries, device=scores.device, dtype=torch.int64)
+        hidden = torch.arange(keys, device=scores.device, dtype=torch.int64) > last_seen[:, None]
         scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse

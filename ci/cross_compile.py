@@ -25,6 +25,8 @@ from portable_mla.backends.triton.prefill_tile import PrefillTile
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Tile
 from portable_mla.cache_format import CacheFormat
+from portable_mla.context_bounds import poison_constants
+from portable_mla.context_kernels import poison_rows_kernel
 from portable_mla.device import Arch
 from portable_mla.merge import merge_constants
 from portable_mla.merge_kernels import merge_kernel
@@ -220,6 +222,13 @@ def compile_merge(arch: Arch, width: int) -> Resources:
     """The kernel that merges results of this width."""
     heads = dict.fromkeys(("stride_first_lse_head", "stride_rest_lse_head", "stride_lse_head"), 1)
     return compile_kernel(merge_kernel, arch, default_types(merge_kernel), merge_constants(width) | heads)
+
+
+def compile_poison(arch: Arch, width: int) -> Resources:
+    """The kernel that finds contexts over their bounds, for results of this width."""
+    types = default_types(poison_rows_kernel) | {"status_ptr": "*i64!", "out_ptr": "*bf16!"}
+    types |= dict.fromkeys(("lens_ptr", "cu_seqlens_ptr"), "*i32!")
+    return compile_kernel(poison_rows_kernel, arch, types, poison_constants(width) | {"stride_lse_head": 1})
 
 
 def index_types(kernel: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ci.cross_compile import Resources, compile_gluon_prefill, compile_merge, compile_prefill
+from ci.cross_compile import Resources, compile_gluon_prefill, compile_merge, compile_poison, compile_prefill
 from portable_mla.backends.nvidia.tiles import GLUON_ARCH
 from portable_mla.backends.triton.backend import PREFILL_GEOMETRIES, TritonBackend
 from portable_mla.device import ARCHS
@@ -49,7 +49,8 @@ def prefill_variants(arch: str) -> dict[str, Job]:
             jobs[f"{name} full fp32 out"] = functools.partial(
                 compiled, replace(request, float32_out=True), causal=False
             )
-    return jobs | {f"merge {width}": functools.partial(compile_merge, ARCHS[arch], width) for width in (128, 512)}
+    jobs |= {f"merge {width}": functools.partial(compile_merge, ARCHS[arch], width) for width in (128, 512)}
+    return jobs | {"poison 128": functools.partial(compile_poison, ARCHS[arch], 128)}
 
 
 # nope, rope, v_dim, dtype, causal

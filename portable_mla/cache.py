@@ -55,7 +55,7 @@ class PagedLatentCache:
         pages = [self.pool.pages(request) for request in requests]
         kv_lens = [self.pool.kv_len(request) for request in requests]
         width = max((len(row) for row in pages), default=1) or 1
-        table = torch.tensor([[*row, *[0] * (width - len(row))] for row in pages], dtype=torch.int32)
+        table = torch.tensor([[*row, *[0] * (width - len(row))] for row in pages], dtype=torch.int32, device="cpu")
         lens = [max_query_len] * len(requests) if query_lens is None else list(query_lens)
         positions = [max(p, 0) for kv_len, n in zip(kv_lens, lens, strict=True) for p in range(kv_len - n, kv_len)]
         return PagedBatch(
@@ -73,8 +73,8 @@ class PagedLatentCache:
         if not 0 <= start <= stop <= kv_len:
             raise ValueError(f"start, stop: expected 0 <= start <= stop <= {kv_len}, got {start} and {stop}")
         page_size = self.shape.page_size
-        pages = torch.tensor(self.pool.pages(request), dtype=torch.int64)
-        tokens = torch.arange(start, stop)
+        pages = torch.tensor(self.pool.pages(request), dtype=torch.int64, device="cpu")
+        tokens = torch.arange(start, stop, dtype=torch.int64, device="cpu")
         return (pages[tokens // page_size] * page_size + tokens % page_size).to(self.storage.device)
 
     @torch.no_grad()

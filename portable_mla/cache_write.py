@@ -83,7 +83,11 @@ def write_in_torch(call: WriteArguments) -> None:
     """What the kernel computes, bit for bit."""
     call.check_values()
     source = call.q_pe if call.q_source is None else call.q_source
-    rope = torch.empty(len(call.c_kv), 0) if call.k_pe is None else call.k_pe.float()
+    rope = (
+        torch.empty(len(call.c_kv), 0, dtype=torch.float32, device=call.c_kv.device)
+        if call.k_pe is None
+        else call.k_pe.float()
+    )
     if call.cos_sin is not None:
         assert call.positions is not None, "checked"
         table = call.cos_sin[call.positions[: len(call.slots)].long()]

@@ -132,7 +132,7 @@ class CachedContext:
                 yield Window(starts, (indptr - low).clamp(0, taken).int(), taken, min(taken, self.max_len))
             return
         length = min(rows, FIXED_WINDOW)
-        index = torch.arange(sequences, device=lens.device)
+        index = torch.arange(sequences, device=lens.device, dtype=torch.int64)
         for sequence in range(sequences):
             for low in range(0, self.max_len, length):
                 some = (lens - low).clamp(0, length).masked_fill(index != sequence, 0)
@@ -146,7 +146,7 @@ class CachedContext:
         if not pages:
             out.fill_(torch.nan)
             return
-        row = torch.arange(window.rows, device=out.device)
+        row = torch.arange(window.rows, device=out.device, dtype=torch.int64)
         sequence = torch.searchsorted(window.cu_seqlens, row.int(), right=True) - 1
         sequence = sequence.clamp(max=self.lens.shape[0] - 1)
         position = window.starts[sequence] + row - window.cu_seqlens[sequence]

@@ -66,7 +66,7 @@ def merge_in_torch(first: State, rest: State, out: Tensor, lse: Tensor) -> None:
     largest = lses.amax(0)
     weights = torch.exp(lses - largest.masked_fill(largest == -torch.inf, 0.0))
     total = weights.sum(0)
-    acc = torch.zeros(first[0].shape)
+    acc = torch.zeros(first[0].shape, dtype=torch.float32, device=out.device)
     for part, weight, empty in zip((first[0], *rest[0]), weights, lses == -torch.inf, strict=True):
         acc += torch.where(empty[..., None], 0.0, part.float() * weight[..., None])
     out.copy_(acc / total.masked_fill(total == 0, 1.0)[..., None])

@@ -43,13 +43,13 @@ def rope_table(
         raise ValueError(f"rope_dim: expected a positive even number, got {rope_dim}")
     if positions < 1:
         raise ValueError(f"positions: expected at least 1, got {positions}")
-    exponents = torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim
+    exponents = torch.arange(0, rope_dim, 2, dtype=torch.float64, device="cpu") / rope_dim
     frequencies = theta**-exponents
     factor = 1.0
     if yarn is not None:
         frequencies = _stretched(frequencies, rope_dim, theta, yarn)
         factor = yarn.attention_factor
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequencies
     return torch.cat([angles.cos() * factor, angles.sin() * factor], dim=1).float().to(device)
 
 
@@ -73,6 +73,6 @@ def _stretched(frequencies: Tensor, rope_dim: int, theta: float, yarn: Yarn) -> 
 
     low = max(math.floor(dimension(yarn.beta_fast)), 0)
     high = min(math.ceil(dimension(yarn.beta_slow)), rope_dim - 1)
-    ramp = (torch.arange(rope_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(rope_dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)
     slow = ramp.clamp(0, 1)
     return frequencies / yarn.factor * slow + frequencies * (1 - slow)

@@ -175,11 +175,11 @@ class Step:
             right &= (batch.query_lens >= 0) & (batch.query_lens <= batch.max_query_len)
         used = lens.masked_fill(~right, 0)
         cells = batch.block_table.long().repeat_interleave(self._ratio, 1)[:, : self.width]
-        column = torch.arange(cells.shape[1])
+        column = torch.arange(cells.shape[1], dtype=torch.int64, device=batch.device)
         read = column * (page_size // self._ratio) < used[:, None]
         wrong = read & ((cells < 0) | (cells >= max_pages))
         late = (indptr[1 : size + 1] > tokens) & (indptr[1 : size + 1] > indptr[:size])
-        request = torch.arange(size)
+        request = torch.arange(size, dtype=torch.int64, device=batch.device)
         _report(metadata.status, Fault.page_id, (request[:, None] << 32 | cells & 0xFFFFFFFF)[wrong])
         _report(metadata.status, Fault.query_tokens, (request << 32 | indptr[1 : size + 1].long())[late])
         faulty = late | wrong.any(1) | ~right
@@ -191,7 +191,7 @@ class Step:
         self.states.fill_(EMPTY)
         for index in range(size):
             start, stop = int(indptr[index]), int(indptr[index + 1])
-            seen = int(used[index]) - (stop - torch.arange(start, stop))
+            seen = int(used[index]) - (stop - torch.arange(start, stop, dtype=torch.int64, device=batch.device))
             state = torch.where(seen < 0, EMPTY, SEES).int()
             own = self.states[start:stop]
             own.copy_(state[: len(own)].masked_fill(faulty[index], FAULTY))
@@ -274,5 +274,5 @@ def _prepare(page_size: int, ratio: int) -> KernelLaunch:
 
 def _report(status: Status, fault: Fault, words: Tensor) -> None:
     """Lower a status word to the first of the faults."""
-    lowest = words.amin() if words.numel() else torch.tensor(NO_FAULT)
+    lowest = words.amin() if words.numel() else torch.tensor(NO_FAULT, dtype=torch.int64, device=status.words.device)
     torch.minimum(status.words[fault], lowest, out=status.words[fault])

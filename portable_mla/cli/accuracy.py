@@ -56,7 +56,7 @@ class LayerCall:
 
     def check(self, requests: Sequence[int], *, step: int, layer: int) -> Check:
         """Compare the rows of some requests, given by their place in the batch, with the reference."""
-        rows = torch.tensor(list(requests), device=self.out.device)
+        rows = torch.tensor(list(requests), dtype=torch.int64, device=self.out.device)
         batch = PagedBatch(self.batch.block_table[rows], self.batch.kv_lens[rows])
         inputs = DecodeInputs(self.inputs.q[rows], self.inputs.kv_cache)
         latent_dim = self.out.shape[2]

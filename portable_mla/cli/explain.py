@@ -50,7 +50,11 @@ class Question:
         """The request, asked for `arch`."""
         shape = self.shape()
         check_q_dtype(shape.q_dtype, shape.cache_format)
-        check_kv_scale(torch.ones(()) if shape.cache_format.needs_scale else None, shape.cache_format, arch)
+        check_kv_scale(
+            torch.ones((), dtype=torch.float32, device="cpu") if shape.cache_format.needs_scale else None,
+            shape.cache_format,
+            arch,
+        )
         if self.phase is Phase.prefill:
             return self._prefill(arch, shape)
         pages = self.batch * math.ceil(self.context / shape.page_size)

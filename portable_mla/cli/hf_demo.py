@@ -152,7 +152,9 @@ def _dynamic_cache(model: Any) -> Any:
 def _left_padded(prompts: list[bytes], device: str) -> tuple[Tensor, Tensor]:
     """Bytes as token ids and their mask, [prompts, longest] int64."""
     longest, padding = max(map(len, prompts)), int(_MODEL["pad_token_id"])
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor(
+        [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device, dtype=torch.int64
+    )
     return ids, (ids != padding).long()
 
 

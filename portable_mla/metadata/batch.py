@@ -81,7 +81,7 @@ class PagedBatch:
             tokens = int(self.query_lens.sum())
         if tokens > max_query_tokens:
             raise ValueError(f"query_lens: {tokens} query tokens, but there is room for {max_query_tokens}")
-        columns = torch.arange(self.block_table.shape[1], device=self.device)
+        columns = torch.arange(self.block_table.shape[1], device=self.device, dtype=torch.int64)
         read = columns * page_size < self.kv_lens[:, None]
         bad = read & ((self.block_table < 0) | (self.block_table >= max_pages))
         if bool(bad.any()):

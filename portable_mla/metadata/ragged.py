@@ -108,7 +108,7 @@ class RaggedForms:
         _cumulate(counted, self.query_indptr)
         end = self.query_indptr[1 : batch.size + 1].long()
         _report(status, Fault.query_tokens, end, (counted > 0) & (end > shape.max_tokens))
-        token = torch.arange(shape.max_tokens, device=device)
+        token = torch.arange(shape.max_tokens, device=device, dtype=torch.int64)
         request, index, real = _rows(self.query_indptr, batch.size, token)
         self.positions.copy_(_positions(batch, kv_lens - counted, request, index, token).masked_fill(~real, 0))
         if shape.index_size is not None:
@@ -124,7 +124,9 @@ class RaggedForms:
         self.last_page_len[: batch.size] = torch.where(kv_lens > 0, (kv_lens - 1) % size + 1, 0)
         if not batch.size:
             return
-        request, offset, real = _rows(self.kv_indptr, batch.size, torch.arange(shape.max_indices, device=batch.device))
+        request, offset, real = _rows(
+            self.kv_indptr, batch.size, torch.arange(shape.max_indices, device=batch.device, dtype=torch.int64)
+        )
         column = (offset // ratio).clamp(0, batch.block_table.shape[1] - 1)
         page = batch.block_table[request, column].long()
         wrong = real & ((page < 0) | (page >= max_pages))
@@ -175,7 +177,7 @@ def _report(status: Status, fault: Fault, value: Tensor, wrong: Tensor, request:
     """Lower the status word to the first of the wrong values, without a sync."""
     if not value.numel():
         return
-    request = torch.arange(value.shape[0], device=value.device) if request is None else request
+    request = torch.arange(value.shape[0], device=value.device, dtype=torch.int64) if request is None else request
     word = (request << 32) | (value & 0xFFFFFFFF)
     lowest = torch.where(wrong, word, NO_FAULT).amin()
     torch.minimum(status.words[fault], lowest, out=status.words[fault])

@@ -184,7 +184,12 @@ class LatentCache(Cache):
         device, offsets = batch.device, [0, *itertools.accumulate(lens)]
         tokens = None
         if not uniform:
-            tokens = torch.cat([torch.arange(n * i + n - new, n * i + n) for i, new in enumerate(lens)]).to(device)
+            tokens = torch.cat(
+                [
+                    torch.arange(n * i + n - new, n * i + n, dtype=torch.int64, device="cpu")
+                    for i, new in enumerate(lens)
+                ]
+            ).to(device)
         attention = None
         if total > n or n == 1:
             attention = self._attention_for(paged, len(lens), n, uniform=uniform)
@@ -222,7 +227,7 @@ class LatentCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows alone."""
-        self._select(torch.arange(len(self._requests))[indices.cpu()].tolist())
+        self._select(torch.arange(len(self._requests), dtype=torch.int64, device="cpu")[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""

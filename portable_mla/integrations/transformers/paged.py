@@ -92,6 +92,6 @@ def _pool(cache: Any, index: int, width: int) -> Tensor:
 
 def _block_table(read: Tensor, starts: Tensor, longest: int, block_size: int) -> Tensor:
     """[requests, width] int32 from the slots of all tokens, request by request; a block's tokens are adjacent."""
-    columns = torch.arange(0, longest, block_size, device=read.device)
+    columns = torch.arange(0, longest, block_size, device=read.device, dtype=torch.int64)
     first = (starts[:-1, None].long() + columns).clamp(max=read.shape[0] - 1)
     return (read[first] // block_size).int()
