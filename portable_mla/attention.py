@@ -35,7 +35,8 @@ class MLAAttention:
 
     uniform_queries says that every batch has exactly max_query_len query tokens a request; without it batches may be
     ragged. backend, deterministic and persistent_metadata default to the environment's settings, read here, once.
-    Raises NoBackend, with every reason, when nothing can serve.
+    Inference only: no gradient flows through it. It and the tensors of its batches must outlive every graph that
+    captured them, which reads them by address. Raises NoBackend, with every reason, when nothing can serve.
     """
 
     def __init__(

@@ -10,15 +10,9 @@ from torch import Tensor
 from portable_mla.cache_format import quantise_rows
 from portable_mla.ops import scale_tensor
 from portable_mla.rope import RopeLayout, rotate
+from portable_mla.torch_ops import register_op
 from portable_mla.write_arguments import WriteArguments, is_interleaved
 from portable_mla.write_launch import launch_write
-
-_LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
-_LIBRARY.define(
-    "write_latent(Tensor(a!) kv_cache, Tensor slots, Tensor c_kv, Tensor? k_pe, Tensor? norm_weight, float eps, "
-    "Tensor? positions, Tensor? cos_sin, bool interleaved, Tensor? kv_scale, Tensor? q_source, Tensor(b!)? q_pe, "
-    "Tensor(c!)? rows, Tensor(d!)? status) -> ()"
-)
 
 
 def write_latent(  # noqa: PLR0913 (the tensors and options of one write)
@@ -70,6 +64,8 @@ def write_latent(  # noqa: PLR0913 (the tensors and options of one write)
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got.
         IndexError: on a CPU, a slot or a position is outside the cache or the table; nothing was written.
+
+    Inference only: the cache never enters autograd.
     """
     scale = scale_tensor(kv_scale, c_kv.device)
     source, target = (None, q_pe) if q_pe_out is None else (q_pe, q_pe_out)
@@ -139,5 +135,10 @@ def _write_latent(  # noqa: PLR0913 (the op's schema)
     write(call)
 
 
-_LIBRARY.impl("write_latent", _write_latent, "CompositeExplicitAutograd")
-torch.library.register_fake("portable_mla::write_latent", lambda *_, **__: None, lib=_LIBRARY)
+register_op(
+    "write_latent(Tensor(a!) kv_cache, Tensor slots, Tensor c_kv, Tensor? k_pe, Tensor? norm_weight, float eps, "
+    "Tensor? positions, Tensor? cos_sin, bool interleaved, Tensor? kv_scale, Tensor? q_source, Tensor(b!)? q_pe, "
+    "Tensor(c!)? rows, Tensor(d!)? status) -> ()",
+    _write_latent,
+    lambda *_, **__: None,
+)

@@ -23,6 +23,7 @@ _LEAST_WAVES = 3  # tiles of a launch for each compute unit
 _MOST_IDLE = 0.05  # share of a launch in which units without a tile wait for its last ones
 
 
+@torch.no_grad()
 def mla_chunked_prefill(  # noqa: PLR0913 (the tensors and options of one attention call)
     q: Tensor,
     k_nope: Tensor,
@@ -61,7 +62,7 @@ def mla_chunked_prefill(  # noqa: PLR0913 (the tensors and options of one attent
         out [tokens, heads, v_dim] in q's dtype (or out's) and lse [tokens, heads] float32, over context and new tokens.
 
     Raises:
-        As `mla_prefill`; ValueError for a workspace too small for one token.
+        As `mla_prefill`, whose results never require grad either; ValueError for a workspace too small for one token.
     """
     settings = Settings.from_env()
     deterministic = deterministic or settings.deterministic

@@ -11,10 +11,8 @@ from torch import Tensor
 from portable_mla.arguments import check_dense, check_device
 from portable_mla.device import on_device_of
 from portable_mla.launch import KernelLaunch, alignment
+from portable_mla.torch_ops import register_op
 
-_LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
-_LIBRARY.define("merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)")
-_LIBRARY.define("merge_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CELLS = 2048  # values of one program; twice as many, with 64-bit row numbers, spilled up to 2.5 KB on sm100
 _MOST_ROWS = 2**31 - 1  # token x head
@@ -36,6 +34,8 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got.
+
+    Inference only: no gradient flows through it, and results never require grad.
     """
     result: tuple[Tensor, Tensor] = torch.ops.portable_mla.merge_state.default(out_a, lse_a, out_b, lse_b)
     return result
@@ -143,9 +143,11 @@ def _merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-for _name, _implementation, _fake in (
-    ("merge_state", _merge_state, lambda out_a, *_: _results(out_a)),
-    ("merge_states", _merge_states, lambda outs, _: _results(outs[0])),
-):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"portable_mla::{_name}", _fake, lib=_LIBRARY)
+register_op(
+    "merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    _merge_state,
+    lambda out_a, *_: _results(out_a),
+)
+register_op(
+    "merge_states(Tensor outs, Tensor lses) -> (Tensor, Tensor)", _merge_states, lambda outs, _: _results(outs[0])
+)

@@ -215,7 +215,8 @@ class MixedAttention:
             _check_no_context(planned)
         out, lse = result_tensors(q, v.shape[2], out, lse)
         check_prefill_outputs(inputs, out, lse)
-        run_prefill(self._runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
+        with torch.no_grad():
+            run_prefill(self._runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
         if unknown:
             lens = self._context_lens[: planned.split.prefill_requests]
             poison_rows(lens, offsets, out, lse, max_len=0, max_tokens=0, status=self._status.words)

@@ -20,16 +20,10 @@ from portable_mla.dispatch import select
 from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
 from portable_mla.scalars import check_scale
 from portable_mla.settings import Settings
+from portable_mla.torch_ops import register_op
 
-_LIBRARY = torch.library.Library("portable_mla", "DEF")
 _BATCH = "Tensor block_table, Tensor kv_lens, Tensor? query_lens, int max_query_len"
 _TAIL = "float softmax_scale, int latent_dim, Tensor? kv_scale=None, bool deterministic=False, str? backend=None"
-_LIBRARY.define(f"decode(Tensor q, Tensor kv_cache, {_BATCH}, {_TAIL}) -> (Tensor, Tensor)")
-_LIBRARY.define(f"decode_out(Tensor q, Tensor kv_cache, {_BATCH}, Tensor(a!) out, Tensor(b!) lse, {_TAIL}) -> ()")
-_LIBRARY.define(
-    "decode_planned(Tensor q, Tensor kv_cache, Tensor(a!) out, Tensor(b!) lse, int plan, float softmax_scale, "
-    "Tensor? kv_scale=None) -> ()"
-)
 
 
 def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
@@ -72,6 +66,8 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got.
         NoBackend: no backend can serve; the message lists every reason of every backend.
+
+    Inference only: no gradient flows through it, and results never require grad.
 
     Source: DeepSeek-V2 (2024), section 2.1, in the absorbed form.
     """
@@ -228,12 +224,15 @@ def _decode_planned(
     planned.run(q, kv_cache, out, lse, check_scale("softmax_scale", softmax_scale), kv_scale)
 
 
-for _name, _implementation in (
-    ("decode", _decode),
-    ("decode_out", _decode_out),
-    ("decode_planned", _decode_planned),
-):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-torch.library.register_fake("portable_mla::decode", _results, lib=_LIBRARY)
-torch.library.register_fake("portable_mla::decode_out", lambda *_, **__: None, lib=_LIBRARY)
-torch.library.register_fake("portable_mla::decode_planned", lambda *_, **__: None, lib=_LIBRARY)
+register_op(f"decode(Tensor q, Tensor kv_cache, {_BATCH}, {_TAIL}) -> (Tensor, Tensor)", _decode, _results)
+register_op(
+    f"decode_out(Tensor q, Tensor kv_cache, {_BATCH}, Tensor(a!) out, Tensor(b!) lse, {_TAIL}) -> ()",
+    _decode_out,
+    lambda *_, **__: None,
+)
+register_op(
+    "decode_planned(Tensor q, Tensor kv_cache, Tensor(a!) out, Tensor(b!) lse, int plan, float softmax_scale, "
+    "Tensor? kv_scale=None) -> ()",
+    _decode_planned,
+    lambda *_, **__: None,
+)

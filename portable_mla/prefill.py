@@ -15,15 +15,13 @@ from portable_mla.ops import result_tensors
 from portable_mla.prefill_arguments import PrefillArguments
 from portable_mla.scalars import check_scale
 from portable_mla.settings import Settings
+from portable_mla.torch_ops import register_op
 
-_LIBRARY = torch.library.Library("portable_mla", "FRAGMENT")
 _INPUTS = "Tensor q, Tensor k_nope, Tensor k_pe, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _TAIL = (
     "int max_seqlen_q, int max_seqlen_k, float softmax_scale, bool causal=True, bool deterministic=False, "
     "str? backend=None"
 )
-_LIBRARY.define(f"prefill({_INPUTS}, {_TAIL}) -> (Tensor, Tensor)")
-_LIBRARY.define(f"prefill_out({_INPUTS}, Tensor(a!) out, Tensor(b!) lse, {_TAIL}) -> ()")
 
 
 def mla_prefill(  # noqa: PLR0913 (the tensors and options of one attention call)
@@ -67,6 +65,8 @@ def mla_prefill(  # noqa: PLR0913 (the tensors and options of one attention call
             are checked by value in host memory and under PORTABLE_MLA_DEBUG=1; elsewhere wrong ones leave wrong rows,
             but no memory outside the tensors is touched.
         NoBackend: no backend can serve; the message lists every reason of every backend.
+
+    Inference only: no gradient flows through it, and results never require grad.
 
     Source: DeepSeek-V2 (2024), section 2.1, in the expanded form.
     """
@@ -154,9 +154,7 @@ def _results(q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, *_: Any) -> tup
     return result_tensors(q, v.shape[2])
 
 
-for _name, _implementation, _fake in (
-    ("prefill", _prefill, _results),
-    ("prefill_out", _prefill_out, lambda *_, **__: None),
-):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"portable_mla::{_name}", _fake, lib=_LIBRARY)
+register_op(f"prefill({_INPUTS}, {_TAIL}) -> (Tensor, Tensor)", _prefill, _results)
+register_op(
+    f"prefill_out({_INPUTS}, Tensor(a!) out, Tensor(b!) lse, {_TAIL}) -> ()", _prefill_out, lambda *_, **__: None
+)

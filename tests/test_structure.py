@@ -16,7 +16,7 @@ from portable_mla.device import ARCHS
 ROOT = Path(__file__).parent.parent
 # A module may import modules of lower layers and its own; what is not listed is a leaf's layer.
 LAYERS = (
-    ("errors", "cache_format", "registry", "packages", "rope", "absorption", "unobserved", "scalars"),
+    ("errors", "cache_format", "registry", "packages", "rope", "absorption", "unobserved", "scalars", "torch_ops"),
     ("device",),
     ("launch", "overlap"),
     ("shape", "settings"),
