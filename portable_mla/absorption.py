@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def check_plain_linear(name: str, module: object) -> None:
+    """Raise NotImplementedError unless the module is a plain nn.Linear without bias, whose weight is all that it does:
+    decodes read the weight alone, and would leave out an adapter without a word."""
+    kind = type(module)
+    if kind is nn.Linear and module.bias is None and module.weight.is_floating_point():  # type: ignore[attr-defined]
+        return
+    raise NotImplementedError(
+        f"{name}: expected a plain torch.nn.Linear without bias, whose weight can be absorbed, got "
+        f"{kind.__module__}.{kind.__qualname__}. Merge an adapter into the weight first"
+    )
 
 
 def split_up_projection(weight: Tensor, heads: int, nope_dim: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from portable_mla.arguments import check_kv_scale, check_q_dtype
 from portable_mla.backend import DecodeInputs, decode_runner
+from portable_mla.batch_snapshot import BatchSnapshot
 from portable_mla.device import arch_of, on_device_of
-from portable_mla.dispatch import Explanation, explain, select
+from portable_mla.dispatch import Explanation, chosen_backend, explain
 from portable_mla.errors import GraphCaptureError, PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, PagedBatch, Status
 from portable_mla.ops import register_planned, result_tensors, scale_tensor
@@ -61,15 +62,14 @@ class MLAAttention:
         check_q_dtype(shape.q_dtype, shape.cache_format)
         forced = backend or settings.backend
         self.explanation: Explanation = explain(self.request, forced, settings.disable)
-        self._backend = select(self.request, forced, settings.disable)
+        self._backend = chosen_backend(self.explanation)
         self._runner = decode_runner(self._backend, self.request)
         self._status = Status.allocate(self._device)
         self._buffers = self._new_buffers()
         self._most_pages = self._planned_pages = capacity.max_pages  # that page ids may name; those of this plan
         self._batch: PagedBatch | None = None
         self._tokens: int | None = None  # that q must have: of a uniform batch
-        self._versioned: tuple[Tensor, ...] = ()  # the batch's tensors that count writes in place
-        self._versions: list[int] = []  # their counts at the latest plan
+        self._snapshot: BatchSnapshot | None = None
         self._known_batch: tuple[object, ...] = ()  # what passed the latest check of a batch
         self._calls = PlannedCalls(self.request, self._backend.reasons_unsupported)
         self._scaled = shape.cache_format.needs_scale
@@ -115,7 +115,8 @@ class MLAAttention:
         self._status.check(Limits(self._planned_pages, context, capacity.max_query_len, tokens))
 
     def plan(self, batch: PagedBatch) -> None:
-        """Prepare a step. The batch's tensors must stay as they are until the next plan.
+        """Prepare a step. The batch's tensors must stay as they are until the next plan: a call notices where they did
+        not, but for tensors that were made on a GPU under torch.inference_mode, which count no writes.
 
         Raises PlanMismatch for a batch beyond the capacity, GraphCaptureError where a capture could not repeat it, and
         ValueError or IndexError, naming the request, for lengths or page ids that host memory shows to be wrong; on a
@@ -123,8 +124,7 @@ class MLAAttention:
         """
         self.check_batch(batch)
         self._describe(batch, self._most_pages)
-        self._batch, self._versioned = batch, _versioned(batch)
-        self._versions = [tensor._version for tensor in self._versioned]
+        self._batch, self._snapshot = batch, BatchSnapshot(batch)
         self._tokens = batch.size * batch.max_query_len if batch.query_lens is None else None
 
     def check_batch(self, batch: PagedBatch) -> None:
@@ -267,7 +267,7 @@ class MLAAttention:
     def _check_planned(self) -> None:
         if self._batch is None:
             raise PlanMismatch("plan", "nothing", "a call", "Call plan(batch) first")
-        if [tensor._version for tensor in self._versioned] != self._versions:
+        if self._snapshot is not None and self._snapshot.has_changed():
             hint = "Call plan(batch) after changing lengths or tables in place"
             raise PlanMismatch("batch", "the tensors as they were", "changed tensors", hint)
 
@@ -281,9 +281,3 @@ def _indexed(device: torch.device) -> torch.device:
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
-
-
-def _versioned(batch: PagedBatch) -> tuple[Tensor, ...]:
-    """The batch's tensors whose versions move when they are written in place; inference tensors carry none."""
-    tensors = (batch.block_table, batch.kv_lens, batch.query_lens, batch.positions)
-    return tuple(tensor for tensor in tensors if tensor is not None and not tensor.is_inference())

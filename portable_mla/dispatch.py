@@ -78,13 +78,17 @@ def select(request: Request, backend: str | None = None, disabled: frozenset[str
 
     Raises NoBackend, with the request and every reason, when none can serve.
     """
-    explanation = explain(request, backend, disabled)
+    return chosen_backend(explain(request, backend, disabled))
+
+
+def chosen_backend(explanation: Explanation) -> Backend:
+    """The backend that an explanation chose; NoBackend, with the request and every reason, where it chose none."""
     if explanation.chosen is None:
         alone = " (it was asked for by name, so no other was tried)" if explanation.forced else ""
         raise NoBackend(f"no backend can serve{alone}: {explanation}")
-    if explanation.chosen == "reference" and backend is None:
+    if explanation.chosen == "reference" and not explanation.forced:
         _LOG.warning("the reference serves this request, which is right but slow: %s", explanation)
-    return load(explanation.chosen, request.arch.vendor)
+    return load(explanation.chosen, explanation.request.arch.vendor)
 
 
 def _reasons(name: str, request: Request, chosen: bool) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """The errors of this library that callers may want to tell apart; bad arguments are plain ValueError or TypeError."""
 
+_WARM_UP = "Run plan(batch) and one call with these tensors before the capture"
+
 
 class NoBackend(RuntimeError):
     """No backend can serve a request, or the device is not supported; the message lists every reason."""
@@ -35,5 +37,5 @@ class CacheFull(RuntimeError):
 class GraphCaptureError(RuntimeError):
     """A CUDA or HIP graph capture asked for what a captured graph could not repeat; nothing was launched."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(f"{why}. Run plan(batch) and one call with these tensors before the capture")
+    def __init__(self, why: str, *, hint: str = _WARM_UP) -> None:
+        super().__init__(f"{why}. {hint}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portable_mla.absorption import absorb, absorb_into, expand, split_up_projection
+from portable_mla.absorption import absorb, absorb_into, check_plain_linear, expand, split_up_projection
 from portable_mla.attention import MLAAttention
 from portable_mla.cache_write import write_latent
 from portable_mla.context import CachedContext
@@ -43,7 +43,7 @@ class MLALayer(nn.Module):
 
     With an MLAAttention every token is attended to in the absorbed form; with a MixedAttention decodes are, and
     prefills take the expanded form, after a cached context where the step says there is one. W_UK and W_UV are views of
-    kv_b_proj's weight; the dense copies that a cached context needs are made once, when first used: see `memory`.
+    kv_b_proj's weight; a cached context needs dense copies, which live for one call.
 
     tensor_parallel: ranks that share the heads. Rank `rank` holds its heads' rows of q_proj or q_b_proj and kv_b_proj
     and columns of o_proj; load_state_dict takes the whole layer's weights or the rank's own. The output is then the
@@ -83,7 +83,6 @@ class MLALayer(nn.Module):
         self.kv_a_layernorm = RMSNorm(latent, geometry.norm_eps, dtype=dtype, device=device)
         self.kv_b_proj = linear(latent, heads * (geometry.nope_dim + geometry.v_dim))
         self.o_proj = linear(heads * geometry.v_dim, hidden, bias=geometry.bias and rank == 0)
-        self._dense: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         nn.Module.register_load_state_dict_pre_hook(self, _take_own_heads)
 
     @torch.no_grad()
@@ -195,7 +194,9 @@ class MLALayer(nn.Module):
         )  # fmt: skip
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK [heads, nope, latent] and W_UV [heads, v_dim, latent], views of kv_b_proj's weight."""
+        """W_UK [heads, nope, latent] and W_UV [heads, v_dim, latent], views of kv_b_proj's weight. Raises
+        NotImplementedError where kv_b_proj was replaced: the weight would not be all that it does."""
+        check_plain_linear("kv_b_proj", self.kv_b_proj)
         return split_up_projection(self.kv_b_proj.weight, self.heads, self.geometry.nope_dim)
 
     def _context(self, step: LayerStep, kv_cache: Tensor, kv_scale: Tensor | None) -> CachedContext | None:
@@ -204,7 +205,8 @@ class MLALayer(nn.Module):
         longest = step.attention.longest_context() if step.longest_context is None else step.longest_context
         if not longest:
             return None
-        w_uk, w_uv = self._dense_projections()
+        # Dense copies of this call: kept, they would miss a weight that is changed in ways that torch does not count.
+        w_uk, w_uv = (weight.contiguous() for weight in self.up_projections())
         return step.attention.context(kv_cache, w_uk, w_uv, max_len=longest, kv_scale=kv_scale)
 
     def _prefill(
@@ -222,28 +224,16 @@ class MLALayer(nn.Module):
         k_nope, v = expanded.split([geometry.nope_dim, geometry.v_dim], dim=2)
         attention.prefill(q, k_nope, k_pe, v, out, softmax_scale=geometry.softmax_scale, context=context)
 
-    def _dense_projections(self) -> tuple[Tensor, Tensor]:
-        """Dense copies of both, made anew only when the weight changed."""
-        weight = self.kv_b_proj.weight
-        version = -1 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.dtype, weight.device)
-        if self._dense is None or self._dense[0] != key:
-            w_uk, w_uv = self.up_projections()
-            self._dense = (key, w_uk.contiguous(), w_uv.contiguous())
-        return self._dense[1:]
-
     def memory(self) -> dict[str, int]:
-        """Bytes held: of the parameters, and of the up-projections' dense copies once a cached context needed them."""
-        dense = () if self._dense is None else self._dense[1:]
-        return {
-            "parameters": sum(parameter.nbytes for parameter in self.parameters()),
-            "dense up-projections": sum(copy.nbytes for copy in dense),
-        }
+        """Bytes held from step to step: of the parameters."""
+        return {"parameters": sum(parameter.nbytes for parameter in self.parameters())}
 
 
 def linear_into(linear: nn.Linear, x: Tensor, out: Tensor) -> None:
     """Write linear(x) of x [tokens, width] to out, which the caller allocated."""
-    if linear.bias is None:
+    if type(linear) is not nn.Linear:  # an adapter, say
+        out.copy_(linear(x))
+    elif linear.bias is None:
         torch.mm(x, linear.weight.T, out=out)
     else:
         torch.addmm(linear.bias, x, linear.weight.T, out=out)

@@ -63,10 +63,10 @@ def token_places(batch: PagedBatch, tokens: int, page_size: int) -> tuple[Tensor
         return nowhere, torch.zeros_like(nowhere)
     kv_lens, width = batch.kv_lens.long(), batch.block_table.shape[1]
     if batch.device.type == "cpu" and int(kv_lens.max()) > width * page_size:
-        request = int(kv_lens.argmax())
+        longest = int(kv_lens.argmax())
         raise IndexError(
-            f"kv_lens: request {request}: expected 0 to {width * page_size} (block_table holds {width * page_size} "
-            f"tokens a request), got {int(kv_lens[request])}"
+            f"kv_lens: request {longest}: expected 0 to {width * page_size} (block_table holds {width * page_size} "
+            f"tokens a request), got {int(kv_lens[longest])}"
         )
     lens = torch.full_like(kv_lens, batch.max_query_len) if batch.query_lens is None else batch.query_lens.long()
     ends = torch.cumsum(lens, 0)

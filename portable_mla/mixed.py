@@ -15,7 +15,7 @@ from portable_mla.chunked_prefill import mla_chunked_prefill
 from portable_mla.context import CachedContext
 from portable_mla.context_bounds import poison_rows
 from portable_mla.device import on_device_of
-from portable_mla.dispatch import Explanation, explain, select
+from portable_mla.dispatch import Explanation, chosen_backend, explain
 from portable_mla.errors import PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, MixedSplit, Needs, PagedBatch, Status
 from portable_mla.metadata.mixed import contexts_on_host
@@ -82,7 +82,7 @@ class MixedAttention:
         )
         self._forced = backend or settings.backend
         self.explanation: Explanation = explain(self.request, self._forced, settings.disable)
-        self._runner = prefill_runner(select(self.request, self._forced, settings.disable), self.request)
+        self._runner = prefill_runner(chosen_backend(self.explanation), self.request)
         self._status = Status.allocate(self.decodes.device)
         self._offsets = DecodeBuffers(capacity, shape.page_size, Needs(query_indptr=True), self._status)
         self._context_lens = torch.zeros(capacity.max_batch, dtype=torch.int32, device=self.decodes.device)

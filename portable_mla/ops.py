@@ -17,6 +17,7 @@ from portable_mla.arguments import DecodeArguments, check_device, check_outputs
 from portable_mla.backend import DecodeInputs, decode_runner
 from portable_mla.device import on_device_of
 from portable_mla.dispatch import select
+from portable_mla.errors import GraphCaptureError
 from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
 from portable_mla.scalars import check_scale
 from portable_mla.settings import Settings
@@ -174,6 +175,9 @@ def _decode(  # noqa: PLR0913 (the op's schema)
 def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: bool, backend: str | None) -> None:
     """Dispatch, plan and run one call."""
     q, kv_cache, batch = arguments.q, arguments.kv_cache, arguments.batch
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        why = "mla_decode plans and allocates in every call, which a graph cannot repeat"
+        raise GraphCaptureError(why, hint="Capture the calls of an MLAAttention: plan(batch) before the capture")
     settings = Settings.from_env()
     request = arguments.request(deterministic or settings.deterministic)
     chosen = select(request, backend or settings.backend, settings.disable)

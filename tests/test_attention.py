@@ -153,3 +153,38 @@ def test_an_empty_batch_gives_empty_results() -> None:
     attend.plan(PagedBatch(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)))
     out, lse = attend(torch.zeros(0, 4, 576).bfloat16(), torch.zeros(1, 16, 576).bfloat16(), softmax_scale=1.0)
     assert (out.shape, lse.shape) == ((0, 4, 512), (0, 4))
+
+
+def test_lengths_that_change_in_inference_mode_are_noticed_in_host_memory() -> None:
+    problem = build(Case((33, 5)))
+    with torch.inference_mode():
+        lens = problem.batch.kv_lens.clone()
+        attend = attention()
+        attend.plan(PagedBatch(problem.batch.block_table, lens))
+        attend(problem.q, problem.kv_cache, softmax_scale=0.1)
+        lens.sub_(1)
+        with pytest.raises(PlanMismatch, match="batch: planned the tensors as they were, got changed tensors"):
+            attend(problem.q, problem.kv_cache, softmax_scale=0.1)
+
+
+def test_a_plan_that_fails_keeps_the_step_before() -> None:
+    problem = build(Case((33, 5)))
+    attend = attention()
+    attend.plan(problem.batch)
+    expected, _ = attend(problem.q, problem.kv_cache, softmax_scale=0.1)
+    bad = dataclasses.replace(problem.batch, block_table=torch.full_like(problem.batch.block_table, 5000))
+    with pytest.raises(IndexError, match="block_table: request 0"):
+        attend.plan(bad)
+    assert torch.equal(attend(problem.q, problem.kv_cache, softmax_scale=0.1)[0], expected)
+
+
+def test_the_backend_that_is_bound_is_the_one_that_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from portable_mla import dispatch, select
+
+    assert attention().backend == "cpu"
+    monkeypatch.setattr(
+        dispatch, "_reasons", lambda name, request, chosen: ("gone",) if name == "cpu" else ()
+    )  # as a library that disappears
+    attend = attention()
+    select.cache_clear()
+    assert attend.backend == "reference" and type(attend._backend).__module__.endswith("reference")

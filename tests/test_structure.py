@@ -23,7 +23,7 @@ LAYERS = (
     ("metadata",),
     ("backend", "models", "geometry", "pages"),
     ("dispatch", "arguments"),
-    ("prefill_arguments", "write_arguments", "planned_calls"),
+    ("prefill_arguments", "write_arguments", "planned_calls", "batch_snapshot"),
     ("cache",),
     ("merge_kernels", "float8_kernels", "context_kernels"),
     ("cache_write_kernels",),

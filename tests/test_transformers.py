@@ -368,3 +368,84 @@ def test_gpu_kernels_serve_a_model_of_deepseeks_widths() -> None:
     print(f"error {error:.1e} against float32, stock's own {stocks:.1e}, served by {cache.backend}")
     assert cache.backend not in (None, "reference", "cpu")
     assert error <= 2 * stocks
+
+
+class Adapter(torch.nn.Module):
+    """A change on top of a linear layer, as adapters are."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice the base."""
+        doubled: Tensor = 2 * self.base(x)
+        return doubled
+
+
+def test_an_adapter_that_is_put_on_after_patching_is_refused_and_not_left_out() -> None:
+    model = model_of("deepseek_v3")
+    integration.patch(model)
+    attention = model.model.layers[0].self_attn
+    attention.kv_b_proj = Adapter(attention.kv_b_proj)
+    ids = torch.randint(1, VOCABULARY, (1, 5))
+    with pytest.raises(NotImplementedError, match=r"kv_b_proj.*got tests?\.?.*Adapter"):
+        model(input_ids=ids)
+    integration.unpatch(model)
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_an_adapted_model_is_refused_with_the_path_of_the_adapters_class() -> None:
+    model = model_of("deepseek_v3")
+    attention = model.model.layers[0].self_attn
+    attention.kv_b_proj = Adapter(attention.kv_b_proj)
+    with pytest.raises(NotImplementedError, match=r"kv_b_proj: expected a plain torch.nn.Linear.*test_transformers"):
+        integration.patch(model)
+
+
+def test_a_patch_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("deepseek_v3")
+    before = model.config._attn_implementation
+    set_implementation = type(model).set_attn_implementation
+
+    def fail(self: Any, name: Any) -> None:
+        if name != before:
+            raise RuntimeError("no")
+        set_implementation(self, name)
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        integration.patch(model)
+    monkeypatch.undo()
+    assert not any("expand_kv" in module.__dict__ for module in model.modules())
+    assert integration.patch(model) > 0
+
+
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_chunks_that_are_padding_alone_give_the_tokens_of_a_whole_prompt(size: int) -> None:
+    model = model_of("deepseek_v3")
+    ids, mask = left_padded((3, 11))
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    wanted = model.generate(ids, **options)
+    integration.patch(model)
+    cache = integration.LatentCache(model.config, pages=64, page_size=4)
+    assert torch.equal(model.generate(ids, past_key_values=cache, prefill_chunk_size=size, **options), wanted)
+
+
+def test_a_full_pool_changes_nothing_and_the_step_can_be_tried_again() -> None:
+    model = model_of("deepseek_v3")
+    integration.patch(model)
+    cache = integration.LatentCache(model.config, pages=4, page_size=4)
+    ids, mask = left_padded((5, 8))
+    model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    used = cache.memory()
+    with pytest.raises(CacheFull):
+        cache.batch_repeat_interleave(2)
+    assert cache.memory() == used
+    more = torch.cat([mask, torch.ones(2, 8, dtype=mask.dtype)], dim=1)
+    for _ in range(2):
+        with pytest.raises(CacheFull):
+            model(input_ids=ids, attention_mask=more, past_key_values=cache)
+        assert cache.get_seq_length() == 8 and cache.memory() == used
+    cache.reset()
+    assert cache.memory()["in use"] == 0

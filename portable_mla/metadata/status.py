@@ -9,6 +9,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from portable_mla.errors import GraphCaptureError
+
 NO_FAULT = 2**63 - 1
 
 
@@ -52,14 +54,21 @@ class Status:
         return cls(torch.full((len(Fault),), NO_FAULT, dtype=torch.int64, device=device))
 
     def check(self, limits: Limits) -> None:
-        """Wait for the device, and forget and raise what it met since the last check.
+        """Wait for the device, all of its streams, and forget and raise what it met since the last check.
 
-        Raises IndexError naming the request, the value and what is allowed, of every kind of fault.
+        Raises IndexError naming the request, the value and what is allowed, of every kind of fault, and
+        GraphCaptureError in a capture, which cannot wait.
         """
-        words = self.words.tolist()
+        if self.words.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                raise GraphCaptureError("check() waits for the device", hint="Check after a replay")
+            torch.cuda.synchronize(self.words.device)
+        found = self.words.clone()
+        words = found.tolist()
         if all(word == NO_FAULT for word in words):
             return
-        self.words.fill_(NO_FAULT)
+        # What another stream reports from now on stays.
+        self.words.copy_(torch.where(self.words == found, NO_FAULT, self.words))
         faults = [describe(Fault(kind), word, limits) for kind, word in enumerate(words) if word != NO_FAULT]
         raise IndexError(f"{'; '.join(faults)}. Rows that need them are NaN")
 

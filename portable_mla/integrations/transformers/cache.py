@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from portable_mla.absorption import absorb, expand, split_up_projection
+from portable_mla.absorption import absorb, check_plain_linear, expand, split_up_projection
 from portable_mla.attention import MLAAttention
 from portable_mla.cache import PagedLatentCache
 from portable_mla.cache_format import cache_format_of
 from portable_mla.cache_write import write_latent
+from portable_mla.errors import CacheFull
 from portable_mla.integrations.transformers.masks import padding_of
 from portable_mla.layer_step import token_places
 from portable_mla.prefill import mla_prefill
@@ -133,7 +134,11 @@ class LatentCache(Cache):
         batch, heads, n, _ = query.shape
         paged = self._open(module, query)
         if self._planned < rows.layer.seen:
-            self._step = self._begin(paged, mask, n, rows.layer.seen)
+            try:
+                self._step = self._begin(paged, mask, n, rows.layer.seen)
+            except (CacheFull, ValueError):
+                rows.layer.seen -= n  # nothing was stored: the step may be tried again
+                raise
             self._planned = rows.layer.seen
         step, kv_cache = self._step, paged[rows.layer.index]
         assert step is not None and step.n == n, "the first layer planned this step"
@@ -171,12 +176,14 @@ class LatentCache(Cache):
         kv_lens = [total - padding for padding in padding_of(mask, n, total)]
         before = [paged.pool.kv_len(name) for name in self._requests] or [0] * len(kv_lens)
         lens = [after - old for after, old in zip(kv_lens, before, strict=True)]
+        if any(old and new != n for old, new in zip(before, lens, strict=True)):
+            raise ValueError(f"attention_mask: expected {n} new tokens of each request that has any, got {lens}")
+        size = self._page_size
+        _check_room(paged, sum(-(-after // size) + old // -size for after, old in zip(kv_lens, before, strict=True)))
         if not self._requests:
             self._requests = [next(self._names) for _ in kv_lens]
             for name in self._requests:
                 paged.allocate(name, 0)
-        elif any(len_ != n for len_ in lens):
-            raise ValueError(f"attention_mask: expected {n} new tokens of each request, got {lens}")
         for name, new in zip(self._requests, lens, strict=True):
             paged.extend(name, new)
         uniform = min(lens) == n
@@ -213,6 +220,7 @@ class LatentCache(Cache):
         if self._paged is None or list(rows) == list(range(len(self._requests))):
             return
         paged, old = self._paged, self._requests
+        _check_room(paged, sum(len(paged.pool.pages(old[row])) for row in rows))
         kept = [next(self._names) for _ in rows]
         for name, row in zip(kept, rows, strict=True):
             paged.allocate(name, paged.pool.kv_len(old[row]))
@@ -248,8 +256,16 @@ class LatentCache(Cache):
             layer.seen = 0
 
 
+def _check_room(paged: PagedLatentCache, needed: int) -> None:
+    """Raise CacheFull before anything is changed."""
+    pool = paged.pool
+    if needed > pool.free_pages:
+        raise CacheFull(needed, pool.free_pages, pool.total)
+
+
 def up_projections(module: Any, heads: int) -> tuple[Tensor, Tensor]:
-    """W_UK and W_UV of a module, views."""
+    """W_UK and W_UV of a module, views; NotImplementedError where an adapter was put on them after `patch`."""
+    check_plain_linear(f"{type(module).__name__}.kv_b_proj of layer {module.layer_idx}", module.kv_b_proj)
     return split_up_projection(module.kv_b_proj.weight, heads, module.qk_nope_head_dim)
 
 

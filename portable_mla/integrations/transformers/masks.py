@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def padding_of(mask: Tensor, n: int, total: int) -> list[int]:
-    """Tokens of left padding of each request.
+    """Tokens of left padding of each request; all of them while a chunk of a prompt is padding alone.
 
     mask: [batch, 1, n, total], 0 or true where a query sees a key. Raises ValueError for one that is not causal with
     left padding: a window, packed sequences, padding on the right. Waits for the device.
@@ -22,7 +22,7 @@ def padding_of(mask: Tensor, n: int, total: int) -> list[int]:
     )
     causal = (key >= padding[:, None, None]) & (key <= query[:, None])
     real = query >= padding[:, None]
-    wrong = ((seen != causal).any(-1) & real).any(-1) | ~real[:, -1]
+    wrong = ((seen != causal).any(-1) & real).any(-1)
     if bool(wrong.any()):
         raise ValueError(
             f"attention_mask: request {int(wrong.nonzero()[0])}: a LatentCache serves causal attention with padding on "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from portable_mla.absorption import check_plain_linear
 from portable_mla.integrations.transformers.attention import NAME, attend
 from portable_mla.integrations.transformers.paged import PAGED_NAME, attend_paged
 from portable_mla.integrations.transformers.verify import Recorded, check_modules, record
@@ -35,15 +36,15 @@ def patch(model: nn.Module, verify: bool = True) -> int:
     AttentionMaskInterface.register(NAME, eager_mask)
     owner = _owner(model, modules)
     setattr(model, _ORIGINAL, owner.config._attn_implementation)
-    for module in modules.values():
-        module.expand_kv = _as_cached
-    owner.set_attn_implementation(NAME)
-    if recorded is not None:
-        try:
+    try:
+        for module in modules.values():
+            module.expand_kv = _as_cached
+        owner.set_attn_implementation(NAME)
+        if recorded is not None:
             check_modules(model, modules, recorded)
-        except BaseException:
-            unpatch(model)
-            raise
+    except BaseException:
+        _put_back(model, modules)
+        raise
     return len(modules)
 
 
@@ -51,17 +52,27 @@ def unpatch(model: nn.Module) -> None:
     """Put back what `patch` changed."""
     if not hasattr(model, _ORIGINAL):
         raise ValueError("model: is not patched")
-    modules = mla_modules(model)
+    _put_back(model, _patched_modules(model))
+
+
+def _put_back(model: nn.Module, modules: dict[str, Any]) -> None:
     for module in modules.values():
-        del module.expand_kv
+        module.__dict__.pop("expand_kv", None)
     _owner(model, modules).set_attn_implementation(getattr(model, _ORIGINAL))
     delattr(model, _ORIGINAL)
+
+
+def _patched_modules(model: nn.Module) -> dict[str, Any]:
+    """What was patched, whatever was put on its projections since."""
+    return {name: module for name, module in model.named_modules() if "expand_kv" in module.__dict__}
 
 
 @contextmanager
 def continuous_batching(model: Any) -> Iterator[None]:
     """Inside, `model.generate_batch` of a patched model keeps one latent row a token. The config says so meanwhile, by
-    num_key_value_heads and head_dim, from which transformers sizes its cache; both are put back.
+    num_key_value_heads and head_dim, from which transformers sizes its cache; both are put back. transformers allocates
+    a pool of keys and one of values, each as wide as a row, and counts both against its memory limit; the first step of
+    a layer drops the second, so half of the limit stays unused.
 
     Raises ValueError for a model that is not patched, and NotImplementedError for RoPE that reads head_dim at each step
     and for transformers from 5.18 on.
@@ -103,12 +114,7 @@ def mla_modules(model: nn.Module) -> dict[str, Any]:
                 f"{name}: {type(module).__name__} has {more or 'index_topk'}: {NAME} serves dense MLA alone, and "
                 "attending to all keys would silently give other results"
             )
-        weight = getattr(module, "kv_b_proj", None)
-        if type(weight) is not nn.Linear or weight.bias is not None or not weight.weight.is_floating_point():
-            raise NotImplementedError(
-                f"{name}.kv_b_proj: expected a plain nn.Linear without bias, whose weight can be absorbed, "
-                f"got {type(weight).__name__}"
-            )
+        check_plain_linear(f"{name}.kv_b_proj", getattr(module, "kv_b_proj", None))
     return found
 
 
