@@ -50,11 +50,21 @@ def at_least(least: int) -> Callable[[int | None], int | None]:
 POSITIVE = at_least(1)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-ModelName = Annotated[str, typer.Option("--model", help=f"One of {', '.join(MODELS)}.")]
+SPARSE = ", ".join(name for name, model in MODELS.items() if model.why_not_served)
+ModelName = Annotated[
+    str, typer.Option("--model", help=f"One of {', '.join(MODELS)}. With --dense alone, as sparse: {SPARSE}.")
+]
+Dense = Annotated[
+    bool,
+    typer.Option("--dense", help="Dense attention of a sparse model: exact while its top keys are the whole context."),
+]
 TensorParallel = Annotated[
     int | None,
     typer.Option(
-        "--tp", callback=POSITIVE, help=f"Ranks that share the heads.  [default: {explaining.DEFAULT_TENSOR_PARALLEL}]"
+        "--tp",
+        callback=POSITIVE,
+        help="Ranks that share the heads.  "
+        f"[default: the most, up to {explaining.MAX_DEFAULT_RANKS}, that divide the model's]",
     ),
 ]
 PageSize = Annotated[int, typer.Option(callback=POSITIVE, help="Tokens of a cache page.")]
@@ -83,6 +93,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         str | None, typer.Option(help=f"One of {', '.join(ARCHS)}.  [default: this machine's best device]")
     ] = None,
     model: ModelName = explaining.DEFAULT_MODEL,
+    dense: Dense = False,
     tensor_parallel: TensorParallel = None,
     heads: Annotated[
         int | None, typer.Option(callback=POSITIVE, help="Heads of one rank, in place of the model's divided by --tp.")
@@ -106,7 +117,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
     as_json: AsJson = False,
 ) -> None:
     """Which backend serves the decode and the prefill of a model on any architecture, and why not the others. A prefill
-    has --batch prompts of up to --context tokens. Exits 1 if nothing serves the decode."""
+    has --batch prompts of up to --context tokens. Exits 1 if nothing serves the decode, or the model is sparse."""
     question = explaining.Question(
         arch=arch,
         model=model,
@@ -120,6 +131,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         batch=batch,
         context=context,
         deterministic=deterministic,
+        dense=dense,
     )
     with clear_refusals(as_json=as_json):
         explanation, prefill = (
@@ -127,12 +139,14 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         )
         chosen = explanation.chosen if estimated else None
         time = None if chosen is None else estimating.estimate(explanation.request, chosen)
+        note = question.note()
     if as_json:
-        values = explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill)}
+        values = explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill), "note": note}
         show_json(values | ({} if time is None else {"estimate": estimating.as_json(time)}))
     else:
         sections = explaining.as_section(explanation), explaining.as_section(prefill)
-        show(*sections, *([] if time is None else [estimating.as_section(time)]))
+        notes = [] if note is None else [explaining.note_section(note)]
+        show(*notes, *sections, *([] if time is None else [estimating.as_section(time)]))
     if explanation.chosen is None:
         if not as_json:
             print("NoBackend: no backend can serve this request", file=sys.stderr)
@@ -143,6 +157,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
 def demo(  # noqa: PLR0913 (one parameter an option)
     *,
     model: ModelName = explaining.DEFAULT_MODEL,
+    dense: Dense = False,
     tensor_parallel: TensorParallel = None,
     page_size: PageSize = 64,
     dtype: Dtype = "bf16",
@@ -176,7 +191,7 @@ def demo(  # noqa: PLR0913 (one parameter an option)
         _compare_hf(device, seed, as_json=as_json)
         return
     options = DemoOptions(
-        model, tensor_parallel, page_size, dtype, trace, device, backend, concurrency, layers, steps, pages, seed
+        model, tensor_parallel, page_size, dtype, trace, device, backend, concurrency, layers, steps, pages, seed, dense
     )
     with clear_refusals(as_json=as_json):
         ready = Demo(options)
