@@ -17,11 +17,11 @@ from portable_mla.shape import MLAShape
 class Model:
     """One model's attention. What its publisher does not state, or what could not be confirmed, is None.
 
-    layers: those that have MLA. norm_eps: the configuration's rms_norm_eps (the modules of DeepSeek and many others norm
-    latents with 1e-6 whatever it says). mscale: YaRN's temperature, whose square is in the softmax scale: `yarn_mscale`
-    of factor and mscale_all_dim, 1 without YaRN. yarn: None beside a rope_theta is plain rotation. rotated: False where
-    nothing is rotated; rows may have a rope part all the same. sparse_top_k: the keys that a query token attends to in
-    a model of sparse attention; None attends to all.
+    layers: those that have MLA. norm_eps: the configuration's rms_norm_eps (the modules of DeepSeek and of many
+    others norm latents with 1e-6 whatever it says). mscale: YaRN's temperature, whose square is in the softmax scale:
+    `yarn_mscale` of factor and mscale_all_dim, 1 without YaRN. yarn: None beside a rope_theta is plain rotation.
+    rotated: False where nothing is rotated; rows may have a rope part all the same. sparse_top_k: the keys that a
+    query token attends to in a model of sparse attention; None attends to all.
     """
 
     title: str

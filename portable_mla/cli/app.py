@@ -21,6 +21,7 @@ from portable_mla.cli.figures import Figures
 from portable_mla.cli.hf_demo import run_hf
 from portable_mla.cli.report import FAILED, clear_refusals, show, show_json
 from portable_mla.device import ARCHS
+from portable_mla.dispatch import Explanation
 from portable_mla.models import MODELS
 from portable_mla.registry import BACKENDS
 from portable_mla.settings import Settings
@@ -139,14 +140,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         )
         chosen = explanation.chosen if estimated else None
         time = None if chosen is None else estimating.estimate(explanation.request, chosen)
-        note = question.note()
-    if as_json:
-        values = explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill), "note": note}
-        show_json(values | ({} if time is None else {"estimate": estimating.as_json(time)}))
-    else:
-        sections = explaining.as_section(explanation), explaining.as_section(prefill)
-        notes = [] if note is None else [explaining.note_section(note)]
-        show(*notes, *sections, *([] if time is None else [estimating.as_section(time)]))
+    _show_answer(question.note(), explanation, prefill, time, as_json=as_json)
     if explanation.chosen is None:
         if not as_json:
             print("NoBackend: no backend can serve this request", file=sys.stderr)
@@ -210,6 +204,23 @@ def demo(  # noqa: PLR0913 (one parameter an option)
         if not figures.pages_returned:
             print("pages: some were not returned to the pool", file=sys.stderr)
         raise typer.Exit(FAILED)
+
+
+def _show_answer(
+    note: str | None,
+    explanation: Explanation,
+    prefill: Explanation,
+    time: estimating.Estimate | None,
+    *,
+    as_json: bool,
+) -> None:
+    if as_json:
+        values = explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill), "note": note}
+        show_json(values | ({} if time is None else {"estimate": estimating.as_json(time)}))
+    else:
+        sections = explaining.as_section(explanation), explaining.as_section(prefill)
+        notes = [] if note is None else [explaining.note_section(note)]
+        show(*notes, *sections, *([] if time is None else [estimating.as_section(time)]))
 
 
 def _compare_hf(device: str | None, seed: int, *, as_json: bool) -> None:

@@ -136,7 +136,7 @@ def as_section(explanation: Explanation) -> Section:
 
 
 def note_section(note: str) -> Section:
-    """A note for a person, above the answer."""
+    """What a person reads above the answer."""
     return Section("Dense attention of a sparse model", ("name", "value"), (("note", note),))
 
 
