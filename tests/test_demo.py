@@ -117,7 +117,10 @@ def test_a_negative_seed_is_refused() -> None:
         (("--pages", "100000000000"), "GB; ask for fewer --pages or --layers"),
         (("--device", "abacus"), "device: expected one of "),
         (("--model", "gpt-5"), "model: expected one of deepseek-v2-lite"),
-        (("--model", "kimi-k3"), "softmax_scale: Kimi K3 does not state its nope width"),
+        (
+            ("--model", "mistral-small-4"),
+            "softmax_scale: YaRN's factor in the scale of Mistral Small 4 is not confirmed",
+        ),
         (("--backend", "best"), "cpu, reference, got"),
     ],
 )
@@ -128,6 +131,21 @@ def test_the_demo_refuses_wrong_options_with_what_is_allowed(
     result = invoke("demo", "--trace", tiny_trace, *device, *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_the_demo_of_a_model_whose_heads_8_does_not_divide_takes_fewer_ranks(tiny_trace: str) -> None:
+    values = invoke_json("demo", "--trace", tiny_trace, *SMALL_DEMO, "--model", "glm-4.7-flash")
+    assert (values["passed"], values["heads"]) == (True, 4)
+
+
+def test_the_demo_refuses_a_sparse_model_and_replays_it_densely_when_asked(tiny_trace: str) -> None:
+    options = ("demo", "--trace", tiny_trace, *SMALL_DEMO, "--model", "glm-5")
+    refused = invoke(*options)
+    assert refused.exit_code == 1
+    assert "GLM-5 / GLM-5.1 has sparse attention (the top 2048 keys of a query token)" in refused.stderr
+    dense = invoke_json(*options, "--dense")
+    assert (dense["passed"], dense["heads"]) == (True, 8)
+    assert "dense attention equals it up to 2048 tokens" in dense["note"]
 
 
 def test_the_demo_exits_2_on_a_malformed_trace(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_doctor_prints_one_json_object() -> None:
     assert values["devices"][-1]["device"] == "cpu"
 
 
+def test_doctor_names_the_models_whose_own_attention_is_not_served() -> None:
+    named = invoke_json("doctor")["models_not_served"]
+    assert {"deepseek-v3.2", "glm-5", "glm-5.3-flash", "a.x-k2"} <= set(named)
+    assert not {"deepseek-v3", "kimi-k3"} & set(named)
+    assert f"  glm-5: {named['glm-5']}\n" in invoke("doctor").stdout
+
+
 def test_doctor_survives_vendor_packages_whose_import_would_raise(tmp_path: Path) -> None:
     for module in ("flash_mla", "flash_attn_interface", "flashinfer", "aiter", "vllm"):
         stub(tmp_path, module)

@@ -6,11 +6,15 @@ import json
 
 import pytest
 
+from portable_mla.models import MODELS
 from portable_mla.registry import ORDER
 from portable_mla.shape import Phase
 from tests.invoking import invoke, invoke_json
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
+
+SPARSE = [name for name, model in MODELS.items() if model.sparse_top_k is not None]
+DENSE = [name for name in MODELS if name not in SPARSE]
 
 
 @pytest.mark.parametrize("arch", ["sm90", "sm120", "gfx942", "gfx950"])
@@ -71,12 +75,42 @@ def test_a_refusal_in_json_mode_is_a_json_object() -> None:
     assert json.loads(result.stdout)["kind"] == "UnsupportedDevice"
 
 
-def test_a_prefill_whose_widths_nobody_published_is_refused_with_that_reason() -> None:
-    values = invoke_json("explain", "--arch", "sm90", "--model", "kimi-k3")
-    assert values["chosen"] == "gluon"
-    assert values["prefill"]["chosen"] is None
-    reasons = {candidate["backend"]: candidate["reasons"] for candidate in values["prefill"]["candidates"]}
-    assert "needs nope+rope/v of 128+64/128, " in reasons["triton"][0]
+@pytest.mark.parametrize("model", DENSE)
+def test_explain_answers_for_every_dense_model_without_being_told_the_ranks(model: str) -> None:
+    values = invoke_json("explain", "--arch", "sm90", "--model", model)
+    assert values["chosen"] not in (None, "reference")
+    assert values["prefill"]["chosen"] not in (None, "reference")
+    assert values["note"] is None
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"), [("glm-4.7-flash", 4), ("kimi-k3", 12), ("deepseek-v3", 16), ("minicpm3-4b", 5)]
+)
+def test_the_default_ranks_are_the_most_up_to_8_that_divide_the_heads(model: str, heads: int) -> None:
+    assert f"decode on cpu: {heads} heads" in invoke("explain", "--arch", "cpu", "--model", model).stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--heads", "16"), ("--estimate",)])
+@pytest.mark.parametrize("model", SPARSE)
+def test_a_sparse_model_is_refused_with_what_is_not_served(model: str, options: tuple[str, ...]) -> None:
+    result = invoke("explain", "--arch", "sm90", "--model", model, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"NoBackend: {MODELS[model].why_not_served}. --dense asks for dense attention" in result.stderr
+    assert invoke_json("explain", "--arch", "sm90", "--model", model, *options)["kind"] == "NoBackend"
+
+
+@pytest.mark.parametrize("model", SPARSE)
+def test_dense_attention_of_a_sparse_model_is_answered_under_a_note(model: str) -> None:
+    result = invoke("explain", "--arch", "sm90", "--model", model, "--dense")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Dense attention of a sparse model\n  note: {MODELS[model].title} has sparse ")
+    values = invoke_json("explain", "--arch", "sm90", "--model", model, "--dense")
+    assert values["note"] == MODELS[model].why_not_served
+    assert values["chosen"] not in (None, "reference")
+
+
+def test_dense_changes_nothing_for_a_dense_model() -> None:
+    assert invoke("explain", "--arch", "sm90", "--dense").stdout == invoke("explain", "--arch", "sm90").stdout
 
 
 def test_a_backend_that_cannot_serve_exits_1_with_its_reason() -> None:

@@ -320,7 +320,7 @@ def test_every_published_geometry_makes_a_layer(name: str) -> None:
         model.rope_dim,
         model.nope_dim,
         model.v_dim,
-        model.softmax_scale,
+        softmax_scale(model.nope_dim, model.rope_dim),
         model.q_lora_rank,
     )
     layer = MLALayer(geometry, device="meta", dtype=torch.bfloat16)

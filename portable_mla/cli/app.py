@@ -21,6 +21,7 @@ from portable_mla.cli.figures import Figures
 from portable_mla.cli.hf_demo import run_hf
 from portable_mla.cli.report import FAILED, clear_refusals, show, show_json
 from portable_mla.device import ARCHS
+from portable_mla.dispatch import Explanation
 from portable_mla.models import MODELS
 from portable_mla.registry import BACKENDS
 from portable_mla.settings import Settings
@@ -50,11 +51,21 @@ def at_least(least: int) -> Callable[[int | None], int | None]:
 POSITIVE = at_least(1)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-ModelName = Annotated[str, typer.Option("--model", help=f"One of {', '.join(MODELS)}.")]
+SPARSE = ", ".join(name for name, model in MODELS.items() if model.why_not_served)
+ModelName = Annotated[
+    str, typer.Option("--model", help=f"One of {', '.join(MODELS)}. With --dense alone, as sparse: {SPARSE}.")
+]
+Dense = Annotated[
+    bool,
+    typer.Option("--dense", help="Dense attention of a sparse model: exact while its top keys are the whole context."),
+]
 TensorParallel = Annotated[
     int | None,
     typer.Option(
-        "--tp", callback=POSITIVE, help=f"Ranks that share the heads.  [default: {explaining.DEFAULT_TENSOR_PARALLEL}]"
+        "--tp",
+        callback=POSITIVE,
+        help="Ranks that share the heads.  "
+        f"[default: the most, up to {explaining.MAX_DEFAULT_RANKS}, that divide the model's]",
     ),
 ]
 PageSize = Annotated[int, typer.Option(callback=POSITIVE, help="Tokens of a cache page.")]
@@ -83,6 +94,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         str | None, typer.Option(help=f"One of {', '.join(ARCHS)}.  [default: this machine's best device]")
     ] = None,
     model: ModelName = explaining.DEFAULT_MODEL,
+    dense: Dense = False,
     tensor_parallel: TensorParallel = None,
     heads: Annotated[
         int | None, typer.Option(callback=POSITIVE, help="Heads of one rank, in place of the model's divided by --tp.")
@@ -106,7 +118,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
     as_json: AsJson = False,
 ) -> None:
     """Which backend serves the decode and the prefill of a model on any architecture, and why not the others. A prefill
-    has --batch prompts of up to --context tokens. Exits 1 if nothing serves the decode."""
+    has --batch prompts of up to --context tokens. Exits 1 if nothing serves the decode, or the model is sparse."""
     question = explaining.Question(
         arch=arch,
         model=model,
@@ -120,6 +132,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         batch=batch,
         context=context,
         deterministic=deterministic,
+        dense=dense,
     )
     with clear_refusals(as_json=as_json):
         explanation, prefill = (
@@ -127,12 +140,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
         )
         chosen = explanation.chosen if estimated else None
         time = None if chosen is None else estimating.estimate(explanation.request, chosen)
-    if as_json:
-        values = explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill)}
-        show_json(values | ({} if time is None else {"estimate": estimating.as_json(time)}))
-    else:
-        sections = explaining.as_section(explanation), explaining.as_section(prefill)
-        show(*sections, *([] if time is None else [estimating.as_section(time)]))
+    _show_answer(question.note(), explanation, prefill, time, as_json=as_json)
     if explanation.chosen is None:
         if not as_json:
             print("NoBackend: no backend can serve this request", file=sys.stderr)
@@ -143,6 +151,7 @@ def explain(  # noqa: PLR0913 (one parameter an option)
 def demo(  # noqa: PLR0913 (one parameter an option)
     *,
     model: ModelName = explaining.DEFAULT_MODEL,
+    dense: Dense = False,
     tensor_parallel: TensorParallel = None,
     page_size: PageSize = 64,
     dtype: Dtype = "bf16",
@@ -176,7 +185,7 @@ def demo(  # noqa: PLR0913 (one parameter an option)
         _compare_hf(device, seed, as_json=as_json)
         return
     options = DemoOptions(
-        model, tensor_parallel, page_size, dtype, trace, device, backend, concurrency, layers, steps, pages, seed
+        model, tensor_parallel, page_size, dtype, trace, device, backend, concurrency, layers, steps, pages, seed, dense
     )
     with clear_refusals(as_json=as_json):
         ready = Demo(options)
@@ -195,6 +204,23 @@ def demo(  # noqa: PLR0913 (one parameter an option)
         if not figures.pages_returned:
             print("pages: some were not returned to the pool", file=sys.stderr)
         raise typer.Exit(FAILED)
+
+
+def _show_answer(
+    note: str | None,
+    explanation: Explanation,
+    prefill: Explanation,
+    time: estimating.Estimate | None,
+    *,
+    as_json: bool,
+) -> None:
+    if as_json:
+        values = explaining.as_json(explanation) | {"prefill": explaining.as_json(prefill), "note": note}
+        show_json(values | ({} if time is None else {"estimate": estimating.as_json(time)}))
+    else:
+        sections = explaining.as_section(explanation), explaining.as_section(prefill)
+        notes = [] if note is None else [explaining.note_section(note)]
+        show(*notes, *sections, *([] if time is None else [estimating.as_section(time)]))
 
 
 def _compare_hf(device: str | None, seed: int, *, as_json: bool) -> None:

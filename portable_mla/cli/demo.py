@@ -59,6 +59,7 @@ class DemoOptions:
     steps: int | None = None
     pages: int | None = None
     seed: int = 0
+    dense: bool = False
 
 
 class Demo:
@@ -119,6 +120,7 @@ class Demo:
             "arch": arch.name,
             "backend": self.loop.attention.backend,
             "model": model_named(self.options.model).title,
+            "note": model_named(self.options.model).why_not_served,
             "heads": shape.heads,
             "latent_dim": shape.latent_dim,
             "rope_dim": shape.rope_dim,
@@ -181,6 +183,7 @@ def _workload(options: DemoOptions, size: Size, device: LocalDevice, trace: tupl
         tensor_parallel=options.tensor_parallel,
         page_size=options.page_size,
         dtype=options.dtype,
+        dense=options.dense,
     )
     largest = max(request.total_tokens for request in trace)
     pages = -(-max(size.pool_tokens, largest) // options.page_size)

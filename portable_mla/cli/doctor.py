@@ -11,6 +11,7 @@ from portable_mla.cli.packages import PACKAGES, own_versions
 from portable_mla.cli.report import Section
 from portable_mla.device import ARCHS, Arch, LocalDevice, Vendor, local_devices, runtime
 from portable_mla.dispatch import load
+from portable_mla.models import MODELS
 from portable_mla.packages import state_of
 from portable_mla.registry import BACKENDS, ORDER
 from portable_mla.settings import VARIABLES, Settings
@@ -48,6 +49,7 @@ class Diagnosis:
             "settings_error": self.settings_error,
             "serving": self.serving,
             "served": self.served,
+            "models_not_served": _models_not_served(),
         }
 
     def sections(self) -> tuple[Section, ...]:
@@ -62,6 +64,7 @@ class Diagnosis:
             _pairs("Backends", ("backend", "state"), self.backends),
             _pairs("Settings", ("variable", "value"), settings),
             *(_serving_section(device, answer) for device, answer in self.serving.items()),
+            _pairs("Models whose own attention is not served", ("model", "reason"), _models_not_served()),
         )
 
 
@@ -124,6 +127,10 @@ def _serving_section(device: str, answer: dict[str, object]) -> Section:
     candidates = answer["candidates"]
     assert isinstance(candidates, list)
     return Section(title, ("backend", "verdict"), tuple((c["backend"], c["verdict"]) for c in candidates))
+
+
+def _models_not_served() -> dict[str, str]:
+    return {name: why for name, model in MODELS.items() if (why := model.why_not_served) is not None}
 
 
 def _pairs(title: str, columns: tuple[str, str], pairs: dict[str, str]) -> Section:

@@ -13,20 +13,22 @@ from portable_mla.cache_format import CacheFormat
 from portable_mla.cli.report import Section
 from portable_mla.device import Arch, arch_named, local_devices
 from portable_mla.dispatch import Candidate, Explanation, explain
-from portable_mla.models import model_named
+from portable_mla.errors import NoBackend
+from portable_mla.models import Model, model_named
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 T = TypeVar("T")
-DEFAULT_MODEL, DEFAULT_TENSOR_PARALLEL = "deepseek-v3", 8
+DEFAULT_MODEL = "deepseek-v3"
+MAX_DEFAULT_RANKS = 8
 
 
 @dataclass(frozen=True)
 class Question:
     """A request in the words of the command line; a decode, or a prefill of the same model. arch None is this machine's
-    best device; heads are those of one rank, in place of the model's divided by tensor_parallel; cache_format None is
-    the one of dtype."""
+    best device; heads are those of one rank, in place of the model's divided by tensor_parallel, which by default
+    is `default_ranks`; cache_format None is the one of dtype. dense: ask for dense attention of a sparse model."""
 
     arch: str | None = None
     model: str = DEFAULT_MODEL
@@ -41,6 +43,7 @@ class Question:
     context: int = 4096
     deterministic: bool = False
     phase: Phase = Phase.decode
+    dense: bool = False
 
     def request(self) -> Request:
         """The request; ValueError or TypeError for a wrong word, UnsupportedDevice for a refused architecture."""
@@ -78,15 +81,21 @@ class Question:
         )
         return Request(arch, shape, Phase.prefill, self.context, False, self.deterministic, capacity)
 
+    def note(self) -> str | None:
+        """What dense attention of this model is not, None where it is the model's own."""
+        return model_named(self.model).why_not_served
+
     def shape(self) -> MLAShape:
-        """One rank's shape."""
+        """One rank's shape; NoBackend for a sparse model unless dense attention is asked for."""
         q_dtype = one_of("dtype", self.dtype, DTYPES)
         formats = {cache_format.name: cache_format for cache_format in CacheFormat}
         cache_format = one_of("cache_format", self.cache_format or self.dtype, formats)
         model = model_named(self.model)
         if self.heads is not None and self.tensor_parallel is not None:
             raise ValueError(f"heads: expected --heads or --tp, not both, got {self.heads} and {self.tensor_parallel}")
-        ranks = self.tensor_parallel or (DEFAULT_TENSOR_PARALLEL if self.heads is None else 1)
+        if not self.dense and (why := model.why_not_served):
+            raise NoBackend(f"{why}. --dense asks for dense attention")
+        ranks = self.tensor_parallel or (default_ranks(model) if self.heads is None else 1)
         shape = model.shape(tensor_parallel=ranks, page_size=self.page_size, q_dtype=q_dtype, cache_format=cache_format)
         return shape if self.heads is None else replace(shape, heads=self.heads)
 
@@ -96,6 +105,11 @@ def one_of(name: str, value: str, allowed: dict[str, T]) -> T:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
     return allowed[value]
+
+
+def default_ranks(model: Model) -> int:
+    """The most ranks, up to 8, that divide the model's heads."""
+    return max(ranks for ranks in range(1, MAX_DEFAULT_RANKS + 1) if model.heads % ranks == 0)
 
 
 def best_local_arch() -> Arch:
@@ -120,6 +134,11 @@ def as_section(explanation: Explanation) -> Section:
     """The request and every candidate in order."""
     rows = tuple((candidate.name, verdict(candidate, explanation)) for candidate in explanation.candidates)
     return Section(str(explanation.request), ("backend", "verdict"), rows)
+
+
+def note_section(note: str) -> Section:
+    """What a person reads above the answer."""
+    return Section("Dense attention of a sparse model", ("name", "value"), (("note", note),))
 
 
 def as_json(explanation: Explanation) -> dict[str, object]:
