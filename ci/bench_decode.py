@@ -6,7 +6,8 @@ CUDA graphs in one process over 3 GB of caches, planning excluded; "planned" one
 plain kernel stands between calls, so that none overlaps the end of the one before; its own time is taken off.
 FlashInfer plans on the host, which no graph captures: planned, it is timed by the host's clock, and no ratio is to it.
 A row's floor is the longer of its bytes at the DRAM's clock and its operations at the rate of a large product.
-Every result is held to the first contender's before it is timed.
+Every result is held to the first contender's before it is timed. A peer that is not installed or refuses a row has no
+time there; where this library's own kernels fail, so does the benchmark.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ OURS: dict[str, Callable[[Problem], Calls]] = {
     "triton": lambda problem: ours(problem, "triton"),
     **{f"through {name}": functools.partial(ours, backend=name) for name in ("flashmla", "flash_attn3", "flashinfer")},
 }
+OWN = ("ours", "triton", "planned ours")  # serve every row
 PEERS: dict[str, Callable[[Problem], Calls]] = {
     "flash_mla": flash_mla, "vllm flash_mla": vllm_flash_mla, "flash_attn3": flash_attn3, "flashinfer": flashinfer,
     "vllm triton": vllm,
@@ -87,6 +89,8 @@ def measure(problem: Problem, names: Sequence[str], card: Card) -> dict[str, flo
             result = calls[0]().reshape(problem.q.shape[0], -1).float()
             us = host_us(calls) if name == ON_THE_HOST else graph_us(apart(calls)) - card.plain_us
         except (ImportError, RuntimeError, AssertionError) as error:
+            if name in OWN:
+                raise SystemExit(f"{name} fails: {type(error).__name__}: {error}") from error
             print(f"  {name}: {type(error).__name__}: {str(error)[:120]}", flush=True)
             continue
         expected = result if expected is None else expected
