@@ -186,7 +186,7 @@ def test_a_cache_and_a_mixed_step_of_nothing(device: str) -> None:
         batch = cache.batch(requests, query_lens=[0] * len(requests), max_query_len=1)
         mixed.plan(batch, [0] * len(requests))
         assert mixed.longest_context() == 0
-    XX
+        assert (mixed.split.decode_requests, mixed.split.decode_tokens) == (len(requests), 0)
         out, lse = mixed.decode(values(device, 0, HEADS, LATENT + ROPE), cache[0], softmax_scale=0.1)
         assert_nothing_seen(out, lse, (0, HEADS, LATENT))
 
