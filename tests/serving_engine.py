@@ -119,7 +119,7 @@ class Engine:
         padding = 0 if form.uniform else min(form.padding, CAPACITY.max_query_tokens - tokens)
         q = torch.randn(tokens + padding, SHAPE.heads, SHAPE.qk_dim, generator=self._rng)
         q[tokens:] = torch.nan
-        natural = [n - m + i for n, m in zip(kv_lens, query_lens, strict=True) for i in range(m)]
+        natural = [max(n - m + i, 0) for n, m in zip(kv_lens, query_lens, strict=True) for i in range(m)]
         positions = torch.tensor(natural if form.positions is None else range(3, 3 + tokens)).long()
         batch = PagedBatch(
             self._table(requests, form.spare_columns),

@@ -79,7 +79,7 @@ def test_a_planned_decode_of_nothing(
     attention = MLAAttention(
         shape, Capacity(4, 4, 1, 128, 8), device=device, backend=target.backend, uniform_queries=tokens == requests
     )
-    if lane == "captured" and not (target.has_kernels and attention.graph_safe):
+    if lane == "captured" and not (target.has_kernels and target.backend != "flashinfer"):
         pytest.skip(f"{target} is in no graph")
     table = torch.full((requests, width), 2**31 - 1, dtype=torch.int32, device=device)
     query_lens = None if tokens == requests else torch.zeros(requests, dtype=torch.int32, device=device)

@@ -96,7 +96,8 @@ def drop_hidden_of_pair(room, position, item, PAGE_SIZE: gl.constexpr):
 @gluon.jit
 def mask(scores, position, item, part, HEADS: gl.constexpr, BLOCK_Q: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """-inf where a row's query token does not see the key. A box of a whole block ends no later than the last key: what
-    it has ahead of the block's first gets positions that wrap to far behind any end."""
+    it has ahead of the block's first gets positions that wrap to far behind any end. A score of -inf is one of an
+    infinite key, whose values `drop_hidden` may make 0: NaN, for the rows that see the key to say so."""
     key = gl.arange(0, BLOCK, SCORES_KEY)
     if BLOCK_Q == 1:
         end = item.kv_end + gl.zeros([BLOCK], gl.int32, SCORES_ROW)
@@ -104,6 +105,7 @@ def mask(scores, position, item, part, HEADS: gl.constexpr, BLOCK_Q: gl.constexp
         first_row, _ = rows_of(part)
         token = (first_row + gl.arange(0, BLOCK, SCORES_ROW)) // HEADS
         end = gl.minimum(item.kv_len - item.query_len + 1 + token, item.kv_end)
+        scores = gl.where(scores == float("-inf"), gl.full_like(scores, float("nan")), scores)
     if PAGE_SIZE >= BLOCK:
         key = (key + gl.minimum(item.kv_end - position - BLOCK, 0)).to(gl.uint32)
         end = gl.maximum(end - position, 0).to(gl.uint32)
