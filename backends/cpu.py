@@ -2,7 +2,8 @@
 
 In a decode, requests of similar length form a slab; a slab walks its context chunk by chunk, so that the gathered rows
 stay in cache, nothing is padded to the longest request, and no partial result is rounded below float32. A prefill walks
-blocks of one sequence's query tokens, for all heads at once.
+blocks of one sequence's query tokens, for all heads at once. A hidden key weighs 0, but 0 * NaN is NaN: results that
+are NaN though their sums are not are computed again, without hidden values that are not finite.
 """
 
 from __future__ import annotations
@@ -50,9 +51,15 @@ class _Softmax:
         self._total = torch.zeros(rows)
         self._acc = torch.zeros(*rows, width)
 
-    def fold(self, scores: Tensor, values: Tensor) -> None:
-        """Take in one chunk for the first rows. scores: [n, rows, keys], overwritten; values: [n, keys, width]."""
+    def fold(self, scores: Tensor, values: Tensor, seen: Tensor | None = None) -> None:
+        """Take in one chunk for the first rows. scores: [n, rows, keys], overwritten; values: [n, keys, width]; seen:
+        bool, broadcast to scores, where a value that is not finite may only reach the rows that see its key."""
         n = len(scores)
+        if seen is not None:
+            finite = values.isfinite()
+            reached = torch.matmul(seen.float(), (~finite).float()) > 0
+            self._acc[:n].masked_fill_(reached, torch.nan)
+            values = values.masked_fill(~finite, 0.0)
         higher = torch.maximum(self._maximum[:n], scores.amax(dim=-1))
         finite = higher.masked_fill(higher == -torch.inf, 0.0)
         weights = scores.sub_(finite[..., None]).exp_()
@@ -65,6 +72,11 @@ class _Softmax:
         """out [*rows, width] and lse [*rows]."""
         out = self._acc.div_(self._total.masked_fill(self._total == 0, 1.0)[..., None])
         return out, self._maximum.add_(torch.log(self._total))
+
+
+def _hidden_value_leaked(out: Tensor, lse: Tensor) -> bool:
+    """Whether a row's output is NaN though its scores, those of the keys that it sees, are not."""
+    return bool((out.isnan().any(dim=-1) & ~lse.isnan()).any())
 
 
 @dataclass(frozen=True)
@@ -132,14 +144,25 @@ class CpuRunner:
         lse.fill_(-torch.inf)
         for slab in self._slabs:
             slab_out, slab_lse = self._attend(slab, inputs, softmax_scale, kv_scale)
+            if slab.tokens.shape[1] > 1 and _hidden_value_leaked(slab_out, slab_lse):
+                slab_out, slab_lse = self._attend(slab, inputs, softmax_scale, kv_scale, isolated=True)
             tokens = slab.tokens[slab.has_token]
             out[tokens] = slab_out[slab.has_token].to(out.dtype)
             lse[tokens] = slab_lse[slab.has_token]
 
     def _attend(
-        self, slab: _Slab, inputs: DecodeInputs, softmax_scale: float, kv_scale: Tensor | None
+        self,
+        slab: _Slab,
+        inputs: DecodeInputs,
+        softmax_scale: float,
+        kv_scale: Tensor | None,
+        *,
+        isolated: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """out [requests, query_len, heads, latent] and lse [requests, query_len, heads], both float32."""
+        """out [requests, query_len, heads, latent] and lse [requests, query_len, heads], both float32.
+
+        isolated: hidden values may be NaN or infinite.
+        """
         requests, query_len = slab.tokens.shape
         heads, latent_dim = self._shape.heads, self._shape.latent_dim
         q = inputs.q[slab.tokens].float().mul_(softmax_scale).view(requests, query_len * heads, -1)
@@ -151,9 +174,11 @@ class CpuRunner:
             rows = self._gather(slab, inputs.kv_cache, kv_scale, start, n)
             scores = torch.bmm(q[:n], rows.transpose(1, 2))
             position = torch.arange(start, start + rows.shape[1])
+            seen = None
             if start + rows.shape[1] > int(last_seen[:n].min()) + 1:
-                scores.masked_fill_(position > last_seen[:n, :, None], -torch.inf)
-            softmax.fold(scores, rows[..., :latent_dim])
+                seen = position <= last_seen[:n, :, None]
+                scores.masked_fill_(~seen, -torch.inf)
+            softmax.fold(scores, rows[..., :latent_dim], seen if isolated else None)
         out, lse = softmax.results()
         return out.view(requests, query_len, heads, latent_dim), lse.view(requests, query_len, heads)
 
@@ -195,10 +220,17 @@ class CpuPrefill:
                     last_seen = len(v) - end + torch.arange(tokens.start, tokens.stop)
                 q = (inputs.q[tokens].float() * softmax_scale).transpose(0, 1)
                 block, block_lse = self._attend(q, k_nope, k_pe, v, torch.as_tensor(last_seen))
+                if inputs.causal and _hidden_value_leaked(block, block_lse):
+                    block, block_lse = self._attend(q, k_nope, k_pe, v, torch.as_tensor(last_seen), isolated=True)
                 out[tokens], lse[tokens] = block.transpose(0, 1).to(out.dtype), block_lse.T
 
-    def _attend(self, q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, last_seen: Tensor) -> tuple[Tensor, Tensor]:
-        """out [heads, n, v_dim] and lse [heads, n] of scaled queries [heads, n, nope + rope]; last_seen: [n] or []."""
+    def _attend(
+        self, q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor, last_seen: Tensor, *, isolated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """out [heads, n, v_dim] and lse [heads, n] of scaled queries [heads, n, nope + rope]; last_seen: [n] or [].
+
+        isolated: hidden values may be NaN or infinite.
+        """
         nope_dim = k_nope.shape[2]
         softmax = _Softmax((q.shape[0], q.shape[1]), v.shape[2])
         for start in range(0, int(last_seen.max()) + 1, CHUNK_TOKENS):
@@ -206,8 +238,9 @@ class CpuPrefill:
             scores = torch.bmm(q[..., :nope_dim], k_nope[chunk].float().permute(1, 2, 0))
             scores += q[..., nope_dim:] @ k_pe[chunk].float().T
             position = torch.arange(start, start + scores.shape[2])
-            scores.masked_fill_(position > last_seen[..., None], -torch.inf)
-            softmax.fold(scores, v[chunk].float().transpose(0, 1))
+            seen = position <= last_seen[..., None]
+            scores.masked_fill_(~seen, -torch.inf)
+            softmax.fold(scores, v[chunk].float().transpose(0, 1), seen if isolated else None)
         return softmax.results()
 
 

@@ -20,8 +20,9 @@ def attend(q: Tensor, rows: Tensor, latent_dim: int, softmax_scale: float) -> tu
     Returns out [n, heads, latent] and lse [n, heads], natural log; rows with nothing to see give 0 and -inf.
     """
     scores = torch.einsum("nhd,kd->nhk", q, rows) * softmax_scale
-    weights, lse = _softmax(scores, causal=True)
-    return torch.einsum("nhk,kd->nhd", weights, rows[:, :latent_dim]), lse
+    hidden = _causal_mask(scores)
+    weights, lse = _softmax(scores, hidden)
+    return _weighted_sum("nhk,kd->nhd", weights, rows[:, :latent_dim], hidden), lse
 
 
 def attend_unabsorbed(
@@ -49,8 +50,9 @@ def attend_expanded(
     nope_dim = k_nope.shape[2]
     scores = torch.einsum("nhd,khd->nhk", q[..., :nope_dim], k_nope)
     scores = (scores + torch.einsum("nhd,kd->nhk", q[..., nope_dim:], k_pe)) * softmax_scale
-    weights, lse = _softmax(scores, causal=causal)
-    return torch.einsum("nhk,khv->nhv", weights, v), lse
+    hidden = _causal_mask(scores) if causal else None
+    weights, lse = _softmax(scores, hidden)
+    return _weighted_sum("nhk,khv->nhv", weights, v, hidden), lse
 
 
 def prefill(
@@ -106,15 +108,31 @@ def decode(
     return out, lse
 
 
-def _softmax(scores: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Weights and lse [n, heads] of scores [n, heads, keys]; causal: token i of n sees keys <= keys - n + i."""
+def _causal_mask(scores: Tensor) -> Tensor:
+    """[n, keys]: the keys that each query token may not see, of scores [n, heads, keys]; token i of n sees keys <= keys
+    - n + i."""
     queries, keys = scores.shape[0], scores.shape[2]
-    if causal:
-        last_seen = keys - queries + torch.arange(queries, device=scores.device)
-        hidden = torch.arange(keys, device=scores.device) > last_seen[:, None]
+    last_seen = keys - queries + torch.arange(queries, device=scores.device)
+    return torch.arange(keys, device=scores.device) > last_seen[:, None]
+
+
+def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights and lse [n, heads] of scores [n, heads, keys] without the hidden keys."""
+    if hidden is not None:
         scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse
+
+
+def _weighted_sum(equation: str, weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+    """The sum of each query token over the values that it sees. A hidden value weighs 0, but 0 * NaN is NaN: where a
+    value is not finite, the sum of each token is over its own keys alone."""
+    if hidden is None or bool(values.isfinite().all()):
+        return torch.einsum(equation, weights, values)
+    rows = [
+        torch.einsum(equation, one[None, :, seen], values[seen]) for one, seen in zip(weights, ~hidden, strict=True)
+    ]
+    return torch.cat(rows)
 
 
 def _spans(cu_seqlens: Tensor) -> list[slice]:
