@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from portable_mla.backends.triton.isolated_kernels import COLUMNS, attend_isolated, hidden_value_leaked
+from portable_mla.backends.triton.isolated_kernels import COLUMNS, attend_isolated, rows_with_leaks
 from portable_mla.backends.triton.key_kernels import load_latent, load_rope
 from portable_mla.backends.triton.pair_decode_kernels import attend_pairs
 from portable_mla.backends.triton.program_kernels import grouped_program_id
@@ -158,13 +158,6 @@ def _write_item(
 
 
 @triton.jit
-def _ends_in_hidden_keys(item_ptr, BLOCK_N: tl.constexpr):
-    """Whether some query token may not see the item's last keys."""
-    kv_len, query_len = tl.load(item_ptr + 4, volatile=True), tl.load(item_ptr + 6, volatile=True)
-    return tl.load(item_ptr + 2, volatile=True) * BLOCK_N > kv_len - query_len + 1
-
-
-@triton.jit(noinline=True)
 def _redo_item(
     item_ptr, first_row, q_ptr, kv_ptr, kv_scale_ptr, table_header_ptr, out_ptr, lse_ptr, partial_out_ptr,
     partial_stats_ptr, scale, tokens, pages, max_rows, stride_q_token, stride_q_head, stride_kv_page, stride_kv_slot,
@@ -172,12 +165,15 @@ def _redo_item(
     HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr, FLOAT8: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """A row tile of an item whose hidden values are not finite. All of the item is read again, for nothing of it to be
-    kept in registers through the KV loop."""
+    """A row tile of an item, whatever its hidden values are.
+
+    The item is read again (hence volatile), so that nothing of it stays in registers through the KV loop.
+    """
     request = tl.load(item_ptr, volatile=True)
     tile_lo, tile_hi = tl.load(item_ptr + 1, volatile=True), tl.load(item_ptr + 2, volatile=True)
     kv_len, query_start = tl.load(item_ptr + 4, volatile=True), tl.load(item_ptr + 5, volatile=True)
     query_len = tl.load(item_ptr + 6, volatile=True)
+    tile_hi = tl.where(first_row < query_len * HEADS, tile_hi, tile_lo)
     _, token, head, row_valid = _item_rows(item_ptr, first_row, tokens, HEADS, BLOCK_H)
     q_row_ptr = q_ptr + token.to(tl.int64) * stride_q_token + head.to(tl.int64) * stride_q_head
     row_limit = kv_len - query_len + (token - query_start) + 1
@@ -245,6 +241,7 @@ def decode_kernel(
     item_hi = tl.load(part_indptr_ptr + part + 1)
     if kv_scale_ptr is not None:
         softmax_scale *= tl.load(kv_scale_ptr)
+    leaks = tl.zeros([BLOCK_H], tl.int32)  # of each row
     for index in range(item_lo, item_hi):
         item_ptr = items_ptr + index * ITEM_FIELDS
         request = tl.load(item_ptr)
@@ -277,21 +274,21 @@ def decode_kernel(
                 LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS, FLOAT8, GROUPED, EARLY,
             )  # fmt: skip
 
-        leaked = False
         if HIDDEN_KEYS:
-            leaked = _ends_in_hidden_keys(item_ptr, BLOCK_N)
-            if leaked:
-                leaked = hidden_value_leaked(acc, row_sum)
-        if leaked:
-            _redo_item(
-                item_ptr, first_row, q_ptr, kv_ptr, kv_scale_ptr, table_header_ptr, out_ptr, lse_ptr, partial_out_ptr,
-                partial_stats_ptr, softmax_scale * LOG2_E, tokens, pages, max_rows, stride_q_token, stride_q_head,
-                stride_kv_page, stride_kv_slot, stride_out_token, stride_out_head, stride_lse_token, stride_lse_head,
-                HEADS, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
-            )  # fmt: skip
-        else:
-            _write_item(
-                acc, row_sum, row_max, tl.arange(0, LATENT), item_ptr, first_row, kv_scale_ptr, out_ptr, lse_ptr,
-                partial_out_ptr, partial_stats_ptr, tokens, max_rows, stride_out_token, stride_out_head,
-                stride_lse_token, stride_lse_head, HEADS, LATENT, BLOCK_H,
-            )  # fmt: skip
+            leaks += rows_with_leaks(acc, row_sum)
+        _write_item(
+            acc, row_sum, row_max, tl.arange(0, LATENT), item_ptr, first_row, kv_scale_ptr, out_ptr, lse_ptr,
+            partial_out_ptr, partial_stats_ptr, tokens, max_rows, stride_out_token, stride_out_head,
+            stride_lse_token, stride_lse_head, HEADS, LATENT, BLOCK_H,
+        )  # fmt: skip
+    if HIDDEN_KEYS:  # noqa: SIM102 a constant, then a value
+        if tl.max(leaks, 0) > 0:
+            tl.debug_barrier()  # what follows overwrites what other threads wrote
+            for index in range(tl.load(part_indptr_ptr + part, volatile=True), item_hi):
+                _redo_item(
+                    items_ptr + index * ITEM_FIELDS, first_row, q_ptr, kv_ptr, kv_scale_ptr, table_header_ptr, out_ptr,
+                    lse_ptr, partial_out_ptr, partial_stats_ptr, softmax_scale * LOG2_E, tokens, pages, max_rows,
+                    stride_q_token, stride_q_head, stride_kv_page, stride_kv_slot, stride_out_token, stride_out_head,
+                    stride_lse_token, stride_lse_head,
+                    HEADS, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
+                )  # fmt: skip

@@ -14,10 +14,10 @@ COLUMNS = tl.constexpr(GROUP.value)  # of a latent, at a time; they share a scal
 
 
 @triton.jit
-def hidden_value_leaked(acc, row_sum):
-    """Whether a row's output is NaN though its sum, of the weights of the keys that it sees, is not."""
+def rows_with_leaks(acc, row_sum):
+    """1 for each row whose output is NaN though its sum, of the weights of the keys that it sees, is not; else 0."""
     total = tl.sum(acc, 1)
-    return tl.max(((total != total) & (row_sum == row_sum)).to(tl.int32), 0) > 0
+    return ((total != total) & (row_sum == row_sum)).to(tl.int32)
 
 
 @triton.jit
