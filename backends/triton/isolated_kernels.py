@@ -11,6 +11,7 @@ from portable_mla.backends.triton.key_kernels import GROUP, dequantise, load_key
 from portable_mla.backends.triton.tile_kernels import START_MAX, key_rows, load_pages
 
 COLUMNS = tl.constexpr(GROUP.value)  # of a latent, at a time; they share a scale where rows carry scales
+EXPANDED_COLUMNS = tl.constexpr(64)  # of expanded keys and values, at a time
 
 
 @triton.jit
@@ -76,5 +77,49 @@ def attend_isolated(
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         value, _ = _finite_columns(kv_ptr, offset, valid, first_column, dtype, LATENT, FLOAT8, GROUPED)
         acc = tl.dot(weights.to(dtype), value, acc * rescale[:, None])
+        row_max = new_max
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def prefill_isolated(
+    q_ptr, k_nope_ptr, k_pe_ptr, v_ptr, row_valid, key_lo, kv_len, row_limit, tile_hi, scale,
+    stride_nope, stride_pe, stride_v,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised output of EXPANDED_COLUMNS columns, sum and maximum, without the scale, of a block of query tokens.
+    A value that is not finite makes its column NaN in the rows that see it, and is nothing to the others.
+
+    q_ptr: of each row; v_ptr: of the first column.
+    """
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    column = tl.arange(0, EXPANDED_COLUMNS)
+    row_max = tl.full([BLOCK_M], START_MAX, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, EXPANDED_COLUMNS], tl.float32)
+    for tile in tl.range(0, tile_hi, num_stages=1):
+        position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row, valid = (key_lo + position).to(tl.int64), position < kv_len
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first in tl.range(0, NOPE, EXPANDED_COLUMNS, num_stages=1):
+            q = tl.load(q_ptr[:, None] + (first + column)[None, :], mask=row_valid[:, None], other=0.0)
+            scores = tl.dot(
+                q, tl.trans(load_key(k_nope_ptr + first, row * stride_nope, valid, 0, EXPANDED_COLUMNS)), scores
+            )
+        if ROPE > 0:
+            rope_column = NOPE + tl.arange(0, ROPE)
+            q = tl.load(q_ptr[:, None] + rope_column[None, :], mask=row_valid[:, None], other=0.0)
+            scores = tl.dot(q, tl.trans(load_key(k_pe_ptr, row * stride_pe, valid, 0, ROPE)), scores)
+        scores = tl.where(position[None, :] < row_limit[:, None], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        rescale = tl.exp2((row_max - new_max) * scale)
+        weights = tl.exp2((scores - new_max[:, None]) * scale)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        v = load_key(v_ptr, row * stride_v, valid, 0, EXPANDED_COLUMNS)
+        finite = tl.abs(v.to(tl.float32)) < float("inf")
+        # rows see their first keys: those that see a column's first fault of this tile, and no others, see a fault
+        fault = tl.min(tl.where(finite, 0x7FFFFFFF, position[:, None]), 0)
+        acc = tl.dot(weights.to(dtype), tl.where(finite, v, 0.0).to(dtype), acc * rescale[:, None])
+        acc = tl.where(fault[None, :] < row_limit[:, None], float("nan"), acc)
         row_max = new_max
     return acc, row_sum, row_max

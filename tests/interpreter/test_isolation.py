@@ -8,11 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+from portable_mla.backends.triton.prefill_runner import TritonPrefill
+from portable_mla.backends.triton.prefill_tile import PrefillTile
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Conversion, Tile
+from tests import prefill_cases
 from tests.cases import Case, build
 from tests.interpreter.running import DESCRIPTOR, SMALL, TILE, WIDE, decode, request_of
-from tests.isolation import GROUPED, PER_TENSOR, PLAIN, Spoiled, Spoiler
+from tests.interpreter.test_prefill import DESCRIPTOR as PREFILL_DESCRIPTOR
+from tests.interpreter.test_prefill import MINI, run
+from tests.interpreter.test_prefill import TILE as PREFILL_TILE
+from tests.interpreter.test_prefill import request_of as prefill_request_of
+from tests.isolation import GROUPED, PER_TENSOR, PLAIN, Spoiled, SpoiledPrefill, Spoiler
+from tests.prefill_cases import GEOMETRIES, PrefillCase
 
 RAGGED = Case((33, 70, 5), 3, **SMALL, query_lens=(2, 4, 3), max_query_len=4, padding=1)
 
@@ -53,10 +61,15 @@ def test_split_parts_of_several_requests_keep_clear_of_a_later_key(units: int) -
 
 
 @pytest.mark.parametrize(
-    ("arch", "cache"),
-    [("sm80", "fp8_e4m3"), ("sm90", "fp8_e4m3"), ("gfx90a", "fp8_e4m3"), ("gfx942", "fp8_e4m3fnuz")],
+    ("arch", "cache", "conversion"),
+    [
+        ("sm80", "fp8_e4m3", "late"),
+        ("sm90", "fp8_e4m3", "early"),
+        ("sm90", "fp8_e4m3", "pairs"),
+        ("gfx90a", "fp8_e4m3", "early"),
+        ("gfx942", "fp8_e4m3fnuz", "late"),
+    ],
 )
-@pytest.mark.parametrize("conversion", ["late", "early", "pairs"])
 @pytest.mark.parametrize("name", PER_TENSOR)
 def test_a_later_key_of_an_fp8_cache_reaches_its_own_rows_alone(
     arch: str, cache: str, conversion: Conversion, name: str
@@ -64,12 +77,19 @@ def test_a_later_key_of_an_fp8_cache_reaches_its_own_rows_alone(
     solve(replace(RAGGED, cache=cache), replace(TILE, conversion=conversion), PER_TENSOR[name], back=1, arch=arch)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
-@pytest.mark.parametrize("conversion", ["late", "pairs"])
+@pytest.mark.parametrize(
+    ("arch", "conversion", "dtype"),
+    [
+        ("sm80", "late", "fp16"),
+        ("sm90", "late", "bf16"),
+        ("sm90", "pairs", "bf16"),
+        ("sm90", "pairs", "fp16"),
+        ("gfx942", "late", "bf16"),
+    ],
+)
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_later_key_with_scales_reaches_its_own_rows_alone(
-    arch: str, dtype: str, conversion: Conversion, name: str
+    arch: str, conversion: Conversion, dtype: str, name: str
 ) -> None:
     case = Case((33, 40), 3, dtype=dtype, max_query_len=3, cache="fp8_656")
     solve(case, replace(TILE, conversion=conversion), GROUPED[name], back=1, arch=arch)
@@ -84,3 +104,30 @@ def test_a_key_that_all_see_makes_every_row_of_its_request_nan_and_no_other(cach
         spoiled.check(out, lse)
         assert bool(out[1].isnan().all() and lse[1].isnan().all())
         assert torch.equal(spoiled.affected.cpu(), torch.tensor([False, True, False]))
+
+
+def solve_prefill(case: PrefillCase, tile: PrefillTile, position: int, name: str, value: float) -> None:
+    """Prefill with one value of the first sequence spoiled, and hold what does not see it to the rule."""
+    spoiled = SpoiledPrefill.of(prefill_cases.build(case), 0, position, name, value)
+    problem = spoiled.problem
+    spoiled.check(*run(problem, TritonPrefill(prefill_request_of(problem, "sm90"), tile)))
+
+
+@pytest.mark.parametrize("position", [24, 25, 26, 31, 32, 48, 63, 64])
+@pytest.mark.parametrize(
+    ("name", "value"), [("k_nope", torch.nan), ("k_pe", torch.nan), ("v", torch.nan), ("v", torch.inf)]
+)
+@pytest.mark.parametrize("tile", [PREFILL_TILE, PREFILL_DESCRIPTOR], ids=lambda tile: tile.loads)
+def test_a_later_key_or_value_of_a_prefill_reaches_its_own_rows_alone(
+    tile: PrefillTile, name: str, value: float, position: int
+) -> None:
+    solve_prefill(PrefillCase((40, 9, 30), (65, 9, 64), geometry=MINI), tile, position, name, value)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_later_value_of_any_width_reaches_its_own_rows_alone(geometry: tuple[int, int, int]) -> None:
+    solve_prefill(PrefillCase((40, 9), (65, 9), 2, geometry, "fp16"), PREFILL_TILE, 50, "v", torch.nan)
+
+
+def test_a_prefill_row_that_precedes_every_key_keeps_clear_of_them() -> None:
+    solve_prefill(PrefillCase((40, 9), (5, 9), 2, MINI), PREFILL_TILE, 2, "v", torch.nan)
