@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from portable_mla.backends.triton.isolated_kernels import COLUMNS, attend_isolated, rows_with_leaks
 from portable_mla.backends.triton.key_kernels import load_latent, load_rope
 from portable_mla.backends.triton.pair_decode_kernels import attend_pairs
 from portable_mla.backends.triton.program_kernels import grouped_program_id
@@ -110,10 +111,9 @@ def _report_missing(status_ptr, request, end):
 
 @triton.jit
 def _write_final(
-    acc, log2_sum, token, head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head, stride_lse_token,
-    stride_lse_head, LATENT: tl.constexpr,
+    acc, log2_sum, column, token, head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head,
+    stride_lse_token, stride_lse_head,
 ):  # fmt: skip
-    column = tl.arange(0, LATENT)
     out_row_ptr = out_ptr + token.to(tl.int64) * stride_out_token + head.to(tl.int64) * stride_out_head
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_row_ptr[:, None] + column[None, :], out, mask=row_valid[:, None])
@@ -123,10 +123,10 @@ def _write_final(
 
 @triton.jit
 def _write_partial(
-    acc, row_max, row_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_stats_ptr, LATENT: tl.constexpr
-):
+    acc, row_max, row_sum, column, row, row_valid, slot, max_rows, partial_out_ptr, partial_stats_ptr,
+    LATENT: tl.constexpr,
+):  # fmt: skip
     """Maximum and sum stay apart: their logarithm would lose the sum's digits where the logits are large."""
-    column = tl.arange(0, LATENT)
     slot_row = slot.to(tl.int64) * max_rows + row
     tl.store((partial_out_ptr + slot_row * LATENT)[:, None] + column[None, :], acc, mask=row_valid[:, None])
     tl.store(partial_stats_ptr + 2 * slot_row, row_max, mask=row_valid)
@@ -174,6 +174,7 @@ def decode_kernel(
     GROUPED: tl.constexpr,  # rows are fp8_656's
     EARLY: tl.constexpr,  # fp8 is converted once, before it is shared, else by each reader of it
     PAIRS: tl.constexpr,  # fp8 is read two values at a time, for products in float16
+    HIDDEN_KEYS: tl.constexpr,  # items have several query tokens, all but the last of which may not see the last keys
 ):
     """Each program runs one row tile of one part of the plan; the row tiles of a part are neighbours and share L2."""
     pid = grouped_program_id(NUM_XCDS)
@@ -215,18 +216,21 @@ def decode_kernel(
                 LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, NUM_STAGES, DESCRIPTORS, FLOAT8, GROUPED, EARLY,
             )  # fmt: skip
 
-        acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-        if kv_scale_ptr is not None:
-            acc *= tl.load(kv_scale_ptr)
-        row, token, head, row_valid = _item_rows(item_ptr, first_row, tokens, HEADS, BLOCK_H)
-        slot = tl.load(item_ptr + 3)
-        if slot < 0:
-            log2_sum = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
-            _write_final(
-                acc, log2_sum, token, head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head,
-                stride_lse_token, stride_lse_head, LATENT,
-            )  # fmt: skip
-        else:
-            _write_partial(
-                acc, row_max, row_sum, row, row_valid, slot, max_rows, partial_out_ptr, partial_stats_ptr, LATENT
-            )
+        if HIDDEN_KEYS:
+            leaks += rows_with_leaks(acc, row_sum)
+        _write_item(
+            acc, row_sum, row_max, tl.arange(0, LATENT), item_ptr, first_row, kv_scale_ptr, out_ptr, lse_ptr,
+            partial_out_ptr, partial_stats_ptr, tokens, max_rows, stride_out_token, stride_out_head,
+            stride_lse_token, stride_lse_head, HEADS, LATENT, BLOCK_H,
+        )  # fmt: skip
+    if HIDDEN_KEYS:  # noqa: SIM102 a constant, then a value
+        if tl.max(leaks, 0) > 0:
+            tl.debug_barrier()  # what follows overwrites what other threads wrote
+            for index in range(tl.load(part_indptr_ptr + part, volatile=True), item_hi):
+                _redo_item(
+                    items_ptr + index * ITEM_FIELDS, first_row, q_ptr, kv_ptr, kv_scale_ptr, table_header_ptr, out_ptr,
+                    lse_ptr, partial_out_ptr, partial_stats_ptr, softmax_scale * LOG2_E, tokens, pages, max_rows,
+                    stride_q_token, stride_q_head, stride_kv_page, stride_kv_slot, stride_out_token, stride_out_head,
+                    stride_lse_token, stride_lse_head,
+                    HEADS, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
+                )  # fmt: skip

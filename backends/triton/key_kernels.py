@@ -17,7 +17,7 @@ def load_key(kv_ptr, offset, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _dequantise(stored, dtype: tl.constexpr, FLOAT8: tl.constexpr):
+def dequantise(stored, dtype: tl.constexpr, FLOAT8: tl.constexpr):
     """Stored values in another dtype, without a scale: exact. Through float32, since from float16 to bfloat16, which
     the compiler would take, Hopper converts a value at a time (F2F), and from float32 two (F2FP)."""
     if FLOAT8 is None:
@@ -39,17 +39,17 @@ def load_latent(
     else:
         stored = load_key(kv_ptr, offset, valid, 0, LATENT)
     if GROUPED:
-        latent = _dequantise(stored, tl.float32, FLOAT8)
+        latent = dequantise(stored, tl.float32, FLOAT8)
         group_ptr = (kv_ptr + LATENT).to(tl.pointer_type(tl.float32), bitcast=True)
         scales = load_key(group_ptr, offset // 4, valid, 0, LATENT // GROUP)
         groups = tl.reshape(latent, [BLOCK_N, LATENT // GROUP, GROUP]) * scales[:, :, None]
         return tl.reshape(groups.to(dtype), [BLOCK_N, LATENT])
     elif EARLY:
         # a factor by row keeps the compiler from moving the conversion behind the copy to shared memory
-        values = _dequantise(stored, tl.float32, FLOAT8)
+        values = dequantise(stored, tl.float32, FLOAT8)
         return (values * tl.where(valid, 1.0, 0.0)[:, None]).to(dtype)
     else:
-        return _dequantise(stored, dtype, FLOAT8)
+        return dequantise(stored, dtype, FLOAT8)
 
 
 @triton.jit
@@ -62,4 +62,4 @@ def load_rope(
         rope_ptr = (kv_ptr + LATENT + LATENT // GROUP * 4).to(tl.pointer_type(tl.bfloat16), bitcast=True)
         return load_key(rope_ptr, offset // 2, valid, 0, ROPE).to(dtype)
     else:
-        return _dequantise(load_key(kv_ptr, offset, valid, LATENT, ROPE), dtype, FLOAT8)
+        return dequantise(load_key(kv_ptr, offset, valid, LATENT, ROPE), dtype, FLOAT8)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from portable_mla.backends.triton.decode_kernels import LN_2, LOG2_E, START_MAX
+from portable_mla.backends.triton.isolated_kernels import EXPANDED_COLUMNS, prefill_isolated, rows_with_leaks
 from portable_mla.backends.triton.program_kernels import grouped_program_id
 
 
@@ -188,13 +189,24 @@ def prefill_kernel(
                 NOPE, REST, ROPE, V, BLOCK_N, NUM_STAGES, DESCRIPTORS, masked == 1,
             )  # fmt: skip
 
-        empty = row_sum == 0.0
-        row_sum = tl.where(empty, 1.0, row_sum)
-        result = acc / row_sum[:, None]
-        column = tl.arange(0, V)
-        out_row = token * stride_out_token + wide_head * stride_out_head
-        tl.store(
-            (out_ptr + out_row)[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty), mask=row_valid[:, None]
-        )
-        lse = tl.where(empty, float("-inf"), (row_max * softmax_scale * LOG2_E + tl.log2(row_sum)) * LN_2)
-        tl.store(lse_ptr + token * stride_lse_token + wide_head * stride_lse_head, lse, mask=row_valid)
+        leaks = tl.zeros([BLOCK_M], tl.int32)
+        if CAUSAL:
+            leaks = rows_with_leaks(acc, row_sum)
+        _write_block(
+            acc, row_sum, row_max, softmax_scale, tl.arange(0, V), token, wide_head, row_valid, out_ptr,
+            lse_ptr, stride_out_token, stride_out_head, stride_lse_token, stride_lse_head,
+        )  # fmt: skip
+        if CAUSAL:  # noqa: SIM102 a constant, then a value
+            if tl.max(leaks, 0) > 0:
+                tl.debug_barrier()  # what follows overwrites what other threads wrote
+                for column in tl.range(0, V, EXPANDED_COLUMNS, num_stages=1):
+                    some, some_sum, some_max = prefill_isolated(
+                        q_head_ptr + token * stride_q_token, nope_head_ptr, k_pe_ptr, v_head_ptr + column, row_valid,
+                        first_key, kv_len, row_limit, tile_hi, softmax_scale * LOG2_E, stride_nope_token,
+                        stride_pe_token, stride_v_token, NOPE + REST, ROPE, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                    _write_block(
+                        some, some_sum, some_max, softmax_scale, column + tl.arange(0, EXPANDED_COLUMNS), token,
+                        wide_head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head, stride_lse_token,
+                        stride_lse_head,
+                    )  # fmt: skip

@@ -194,5 +194,6 @@ class TritonRunner:
             "FLOAT8": self._float8, "GROUPED": shape.cache_format is CacheFormat.fp8_656,
             "EARLY": shape.cache_format.needs_scale and tile.conversion == "early",
             "PAIRS": self._float8 == "hardware" and not self._amd and tile.conversion == "pairs",
+            "HIDDEN_KEYS": self.plan_shape.block_q > 1,
             "num_warps": tile.num_warps, "num_stages": tile.num_stages, **(amd_options(tile) if self._amd else {}),
         }  # fmt: skip
