@@ -133,6 +133,63 @@ def _write_partial(
     tl.store(partial_stats_ptr + 2 * slot_row + 1, row_sum, mask=row_valid)
 
 
+@triton.jit
+def _write_item(
+    acc, row_sum, row_max, column, item_ptr, first_row, kv_scale_ptr, out_ptr, lse_ptr, partial_out_ptr,
+    partial_stats_ptr, tokens, max_rows, stride_out_token, stride_out_head, stride_lse_token, stride_lse_head,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Columns of a row tile, final or partial."""
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    if kv_scale_ptr is not None:
+        acc *= tl.load(kv_scale_ptr)
+    row, token, head, row_valid = _item_rows(item_ptr, first_row, tokens, HEADS, BLOCK_H)
+    slot = tl.load(item_ptr + 3)
+    if slot < 0:
+        log2_sum = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
+        _write_final(
+            acc, log2_sum, column, token, head, row_valid, out_ptr, lse_ptr, stride_out_token, stride_out_head,
+            stride_lse_token, stride_lse_head,
+        )  # fmt: skip
+    else:
+        _write_partial(
+            acc, row_max, row_sum, column, row, row_valid, slot, max_rows, partial_out_ptr, partial_stats_ptr, LATENT
+        )
+
+
+@triton.jit
+def _redo_item(
+    item_ptr, first_row, q_ptr, kv_ptr, kv_scale_ptr, table_header_ptr, out_ptr, lse_ptr, partial_out_ptr,
+    partial_stats_ptr, scale, tokens, pages, max_rows, stride_q_token, stride_q_head, stride_kv_page, stride_kv_slot,
+    stride_out_token, stride_out_head, stride_lse_token, stride_lse_head,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, FLOAT8: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """A row tile of an item, whatever its hidden values are.
+
+    The item is read again (hence volatile), so that nothing of it stays in registers through the KV loop.
+    """
+    request = tl.load(item_ptr, volatile=True)
+    tile_lo, tile_hi = tl.load(item_ptr + 1, volatile=True), tl.load(item_ptr + 2, volatile=True)
+    kv_len, query_start = tl.load(item_ptr + 4, volatile=True), tl.load(item_ptr + 5, volatile=True)
+    query_len = tl.load(item_ptr + 6, volatile=True)
+    tile_hi = tl.where(first_row < query_len * HEADS, tile_hi, tile_lo)
+    _, token, head, row_valid = _item_rows(item_ptr, first_row, tokens, HEADS, BLOCK_H)
+    q_row_ptr = q_ptr + token.to(tl.int64) * stride_q_token + head.to(tl.int64) * stride_q_head
+    row_limit = kv_len - query_len + (token - query_start) + 1
+    for first_column in tl.range(0, LATENT, COLUMNS, num_stages=1):
+        acc, row_sum, row_max = attend_isolated(
+            q_row_ptr, row_valid, kv_ptr, _table_row(table_header_ptr, request), first_column, tile_lo, tile_hi,
+            kv_len, row_limit, scale, pages, stride_kv_page, stride_kv_slot,
+            LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
+        )  # fmt: skip
+        _write_item(
+            acc, row_sum, row_max, first_column + tl.arange(0, COLUMNS), item_ptr, first_row, kv_scale_ptr, out_ptr,
+            lse_ptr, partial_out_ptr, partial_stats_ptr, tokens, max_rows, stride_out_token, stride_out_head,
+            stride_lse_token, stride_lse_head, HEADS, LATENT, BLOCK_H,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["softmax_scale", "tokens", "pages", "max_rows"])
 def decode_kernel(
     q_ptr,  # [tokens, HEADS, LATENT + ROPE]
@@ -184,6 +241,7 @@ def decode_kernel(
     item_hi = tl.load(part_indptr_ptr + part + 1)
     if kv_scale_ptr is not None:
         softmax_scale *= load_kv_scale(kv_scale_ptr, status_ptr, pid == 0)
+    leaks = tl.zeros([BLOCK_H], tl.int32)  # of each row
     for index in range(item_lo, item_hi):
         item_ptr = items_ptr + index * ITEM_FIELDS
         request = tl.load(item_ptr)

@@ -102,6 +102,23 @@ def _walk(
     return acc, row_sum, row_max
 
 
+@triton.jit
+def _write_block(
+    acc, row_sum, row_max, softmax_scale, column, token, head, row_valid, out_ptr, lse_ptr, stride_out_token,
+    stride_out_head, stride_lse_token, stride_lse_head,
+):  # fmt: skip
+    """Columns of a block of query tokens."""
+    empty = row_sum == 0.0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    result = acc / row_sum[:, None]
+    out_row = token * stride_out_token + head * stride_out_head
+    tl.store(
+        (out_ptr + out_row)[:, None] + column[None, :], result.to(out_ptr.dtype.element_ty), mask=row_valid[:, None]
+    )
+    lse = tl.where(empty, float("-inf"), (row_max * softmax_scale * LOG2_E + tl.log2(row_sum)) * LN_2)
+    tl.store(lse_ptr + token * stride_lse_token + head * stride_lse_head, lse, mask=row_valid)
+
+
 @triton.jit(do_not_specialize=["softmax_scale", "tokens", "keys", "sequences", "heads"])
 def prefill_kernel(
     q_ptr,  # [tokens, heads, NOPE + REST + ROPE]
