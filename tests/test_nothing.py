@@ -87,16 +87,12 @@ def test_a_planned_decode_of_nothing(
     q, cache = values(device, tokens, HEADS, LATENT + ROPE), values(device, pages, PAGE, LATENT + ROPE)
     out = torch.full((tokens, HEADS, LATENT), torch.nan, dtype=torch.bfloat16, device=device)
     lse = torch.full((tokens, HEADS), torch.nan, dtype=torch.float32, device=device)
-
-    def step() -> None:
-        attention.plan(batch)
-        attention(q, cache, softmax_scale=0.1, out=out, lse=lse)
-
-    step()
+    attention.plan(batch)
+    attention(q, cache, out, lse, softmax_scale=0.1)
     if lane == "captured":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
+            attention(q, cache, out, lse, softmax_scale=0.1)
         out.fill_(torch.nan)
         lse.fill_(torch.nan)
         graph.replay()
