@@ -34,7 +34,7 @@ def _viewed(first: int, last: int, dtype: torch.dtype, column: int, value: float
 
 PLAIN = {
     "a latent is NaN": _stored(7, torch.nan),
-    "a latent is inf": _stored(130, torch.inf),
+    "a latent is inf": _stored(100, torch.inf),
     "a rope value is NaN": _stored(-1, torch.nan),
     "all is NaN": lambda row: row.fill_(torch.nan),
 }
