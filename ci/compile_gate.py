@@ -72,8 +72,9 @@ def decode_request(arch: str, tile: TileRequest, dtype: torch.dtype = torch.bflo
     return Request(ARCHS[arch], shape, Phase.decode, 1, True, False, capacity)
 
 
-def decode_job(arch: str, request: TileRequest, kind: str = "") -> tuple[str, Job]:
-    """kind: "fp16", "unaligned" (the way out of a descriptor rule), or how the rule loads."""
+def decode_job(arch: str, request: TileRequest, kind: str = "", *, query_len: int = 1) -> tuple[str, Job]:
+    """kind: "fp16", "unaligned" (the way out of a descriptor rule), or how the rule loads. query_len: query tokens that
+    the rows of the request are of; of several, the earlier may not see the last keys."""
     tile = rule_of(arch, request).tile
     if request.cache_format.quantised:
         kind = request.cache_format.name
@@ -81,7 +82,10 @@ def decode_job(arch: str, request: TileRequest, kind: str = "") -> tuple[str, Jo
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
     name = f"decode {request.latent_dim}+{request.rope_dim} {tile.name} {kind}"
     aligned = kind != "unaligned"
-    return name, functools.partial(compile_decode, decode_request(arch, request, dtype), tile, aligned=aligned)
+    full = decode_request(arch, replace(request, rows=request.rows // query_len), dtype)
+    if query_len > 1:
+        name, full = f"{name} x{query_len}", replace(full, max_query_len=query_len)
+    return name, functools.partial(compile_decode, full, tile, aligned=aligned)
 
 
 # heads, query_len, page_size, rope_dim, dtype: each tile of sm90_tile, each kind of page, both geometries and dtypes
@@ -135,6 +139,8 @@ def variants(arch: str) -> dict[str, Job]:
     descriptor = [request for request in by_rule if rule_of(arch, request).tile.loads == "descriptor"]
     jobs += [decode_job(arch, request, "unaligned") for request in descriptor]
     jobs += [decode_job(arch, request) for request in fp8_requests(arch)]
+    several = [replace(request, rows=max(request.rows, 16)) for request in (*by_rule, *fp8_requests(arch))]
+    jobs += [decode_job(arch, request, query_len=2) for request in several]
     most = TileRequest(128, *GEOMETRIES[0], 64)
     jobs.append(decode_job(arch, most, "fp16"))
     tile, request = rule_of(arch, most).tile, decode_request(arch, most)

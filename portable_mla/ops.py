@@ -62,7 +62,8 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
 
     Returns:
         out [tokens, heads, latent] in q's dtype and lse [tokens, heads] float32, natural logarithm. Rows with nothing
-        to see, and rows past the last query token, are 0 and -inf.
+        to see, and rows past the last query token, are 0 and -inf. A row depends on the keys that its token sees alone:
+        NaN or infinity in a later key never reaches it (a vendor's library may let it).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got.

@@ -58,7 +58,8 @@ def mla_prefill(  # noqa: PLR0913 (the tensors and options of one attention call
 
     Returns:
         out [tokens, heads, v_dim] in q's dtype and lse [tokens, heads] float32, natural logarithm. Rows with nothing
-        to see, and rows past the last query token, are 0 and -inf.
+        to see, and rows past the last query token, are 0 and -inf. A row depends on the keys and values that its token
+        sees alone: NaN or infinity in a later one never reaches it (a vendor's library may let it).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got. Offsets

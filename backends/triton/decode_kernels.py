@@ -104,6 +104,12 @@ def _item_rows(item_ptr, first_row, tokens, HEADS: tl.constexpr, BLOCK_H: tl.con
 
 
 @triton.jit
+def _row_limit(kv_len, query_len, token, query_start):
+    """Keys that a row sees: those of its query token, the first ones."""
+    return kv_len - query_len + (token - query_start) + 1
+
+
+@triton.jit
 def _report_missing(status_ptr, request, end):
     one = request + tl.arange(0, 1)
     report_fault(status_ptr, QUERY_TOKENS, one, end, one >= 0)
@@ -176,7 +182,7 @@ def _redo_item(
     tile_hi = tl.where(first_row < query_len * HEADS, tile_hi, tile_lo)
     _, token, head, row_valid = _item_rows(item_ptr, first_row, tokens, HEADS, BLOCK_H)
     q_row_ptr = q_ptr + token.to(tl.int64) * stride_q_token + head.to(tl.int64) * stride_q_head
-    row_limit = kv_len - query_len + (token - query_start) + 1
+    row_limit = _row_limit(kv_len, query_len, token, query_start)
     for first_column in tl.range(0, LATENT, COLUMNS, num_stages=1):
         acc, row_sum, row_max = attend_isolated(
             q_row_ptr, row_valid, kv_ptr, _table_row(table_header_ptr, request), first_column, tile_lo, tile_hi,
@@ -260,7 +266,7 @@ def decode_kernel(
         q_rope = q_latent
         if ROPE > 0:
             q_rope = _load_query(q_row_ptr, row_valid, LATENT, ROPE)
-        row_limit = kv_len - query_len + (token - query_start) + 1
+        row_limit = _row_limit(kv_len, query_len, token, query_start)
         if PAIRS:
             acc, row_sum, row_max = attend_pairs(
                 q_latent, q_rope, kv_ptr, _table_row(table_header_ptr, request), tile_lo, tile_hi, kv_len, row_limit,

@@ -207,8 +207,11 @@ def prefill_kernel(
             )  # fmt: skip
 
         leaks = tl.zeros([BLOCK_M], tl.int32)
-        if CAUSAL:
-            leaks = rows_with_leaks(acc, row_sum)
+        if CAUSAL:  # noqa: SIM102 a constant, then a value
+            # only masked tiles have hidden keys; and Triton 3.6 does not compile tcgen05's result, reduced over columns,
+            # then over rows, unless a branch is between
+            if tile_full < tile_hi:
+                leaks = rows_with_leaks(acc, row_sum)
         _write_block(
             acc, row_sum, row_max, softmax_scale, tl.arange(0, V), token, wide_head, row_valid, out_ptr,
             lse_ptr, stride_out_token, stride_out_head, stride_lse_token, stride_lse_head,
