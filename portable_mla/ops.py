@@ -69,9 +69,7 @@ def mla_decode(  # noqa: PLR0913 (the tensors and options of one attention call)
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it got.
         NoBackend: no backend can serve; the message lists every reason of every backend.
 
-    Inference only: no gradient flows through it, and results never require grad.
-
-    Source: DeepSeek-V2 (2024), section 2.1, in the absorbed form.
+    Inference only: results never require grad. Source: DeepSeek-V2 (2024), section 2.1, in the absorbed form.
     """
     for name, tensor in (("q", q), ("kv_cache", kv_cache), ("block_table", block_table), ("kv_lens", kv_lens)):
         if not isinstance(tensor, Tensor):

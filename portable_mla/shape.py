@@ -79,9 +79,8 @@ class Capacity:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None or field.name != "cache_bytes":
-                _at_least(field.name, value, 0)
+            if field.name != "cache_bytes" or self.cache_bytes is not None:
+                _at_least(field.name, getattr(self, field.name), 0)
         _at_least("max_query_len", self.max_query_len, 1)
 
 

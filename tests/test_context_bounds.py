@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ class Steps:
         self.mixed.plan(batch, [tokens])
         return batch
 
-    def run(self, start: int, stop: int, kv_scale: float | Tensor | None = None, **options: int) -> Tensor:
+    def run(self, start: int, stop: int, kv_scale: float | Tensor | None = None, **options: Any) -> Tensor:
         """The rows of the tokens from start to stop."""
         step = LayerStep.of(self.mixed, self.plan(stop - start), stop - start, TABLE, **options)
         out: Tensor = self.layer(self.hidden[start:stop], self.cache[0], step, kv_scale=kv_scale)
@@ -146,7 +147,7 @@ def test_a_bound_on_all_tokens_below_their_sum_is_named(bound: int) -> None:
         ({"lens": None}, TypeError, "lens: expected a tensor, got NoneType"),
     ],
 )
-def test_a_wrong_context_is_refused_by_name(changes: dict[str, object], error: type[Exception], message: str) -> None:
+def test_a_wrong_context_is_refused_by_name(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         replace(chunked(CASE, "cpu").context, **changes)
 

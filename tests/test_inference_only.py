@@ -22,7 +22,8 @@ def prefilled() -> Outputs:
     from portable_mla import mla_prefill
 
     cu = ints(0, 3)
-    return mla_prefill(*GRADIENT, cu, cu, max_seqlen_q=3, max_seqlen_k=3, softmax_scale=0.3)
+    q, k_nope, k_pe, v = GRADIENT
+    return mla_prefill(q, k_nope, k_pe, v, cu, cu, max_seqlen_q=3, max_seqlen_k=3, softmax_scale=0.3)
 
 
 def into_given() -> Outputs:

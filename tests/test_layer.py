@@ -266,11 +266,11 @@ def test_an_adapter_on_what_is_absorbed_is_refused_by_name(geometry: LayerGeomet
 def test_an_adapter_on_another_projection_is_used(geometry: LayerGeometry) -> None:
     layer = layer_of(geometry)
     (a,) = hidden_states(geometry, 9)
-    weight = layer.kv_a_proj_with_mqa.weight
-    layer.kv_a_proj_with_mqa = _Adapter(layer.kv_a_proj_with_mqa)  # type: ignore[assignment]
+    projection = layer.kv_a_proj_with_mqa
+    layer.kv_a_proj_with_mqa = _Adapter(projection)  # type: ignore[assignment]
     got = [torch.cat([*Server(layer, absorbed_only=absorbed).step([("a", a)])]) for absorbed in (False, True)]
-    layer.kv_a_proj_with_mqa = layer.kv_a_proj_with_mqa.base
-    weight.data.mul_(2)
+    layer.kv_a_proj_with_mqa = projection
+    projection.weight.data.mul_(2)
     if layer.kv_a_proj_with_mqa.bias is not None:
         layer.kv_a_proj_with_mqa.bias.data.mul_(2)
     for rows in got:

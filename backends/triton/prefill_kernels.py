@@ -208,8 +208,8 @@ def prefill_kernel(
 
         leaks = tl.zeros([BLOCK_M], tl.int32)
         if CAUSAL:  # noqa: SIM102 a constant, then a value
-            # only masked tiles have hidden keys; and Triton 3.6 does not compile tcgen05's result, reduced over columns,
-            # then over rows, unless a branch is between
+            # only masked tiles have hidden keys; and Triton 3.6 compiles no result of tcgen05 that is reduced over
+            # columns and then over rows, unless a branch is between
             if tile_full < tile_hi:
                 leaks = rows_with_leaks(acc, row_sum)
         _write_block(

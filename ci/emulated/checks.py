@@ -235,7 +235,7 @@ def caught(name: str, arch: str) -> str:
 def _launches_anew() -> Iterator[None]:
     """No launch is remembered from before, nor afterwards."""
     remembered: tuple[Any, ...] = (
-        split_plan._launch, ragged._launch, prefill_runner._launch, merge._merge_launch, write_launch._launch
+        split_plan._launch_of, ragged._launch, prefill_runner._launch, merge._merge_launch, write_launch._launch
     )  # fmt: skip
     for launch in remembered:
         launch.cache_clear()

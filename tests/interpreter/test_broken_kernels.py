@@ -97,8 +97,11 @@ MUTANTS = {
     "combine leaves out the last split": Mutant(combine_kernels, "(slot < slot_hi)", "(slot < slot_hi - 1)"),
     "combine writes the base-2 logarithm": Mutant(combine_kernels, "tl.log2(total)) * LN_2", "tl.log2(total))"),
     "the scale is not in the scores": Mutant(
-        decode_kernels, "softmax_scale *= tl.load(kv_scale_ptr)", "softmax_scale *= 1.0", SCALED
-    ),
+        decode_kernels,
+        "softmax_scale *= load_kv_scale(kv_scale_ptr, status_ptr, pid == 0)",
+        "softmax_scale *= 1.0",
+        SCALED,
+    ),  # fmt: skip
     "the scale is not in the output": Mutant(decode_kernels, "acc *= tl.load(kv_scale_ptr)", "acc *= 1.0", SCALED),
     "fp8 bits are read with the other bias": Mutant(
         key_kernels, 'FLOAT8 == "e4m3fnuz")', 'FLOAT8 == "e4m3")', SCALED, arch="sm80"
@@ -145,9 +148,9 @@ MUTANTS = {
 @pytest.fixture
 def launches_anew() -> Iterator[None]:
     """No launch outlives the test: the planner remembers its own."""
-    split_plan._launch.cache_clear()
+    split_plan._launch_of.cache_clear()
     yield
-    split_plan._launch.cache_clear()
+    split_plan._launch_of.cache_clear()
 
 
 @pytest.mark.usefixtures("launches_anew")
@@ -155,7 +158,7 @@ def launches_anew() -> Iterator[None]:
 def test_a_broken_kernel_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     solve_with_tile(mutant.case, mutant.tile, mutant.units, mutant.arch)
     user, kernels = LAUNCHES[mutant.module]
-    split_plan._launch.cache_clear()
+    split_plan._launch_of.cache_clear()
     broken = mutant.write(tmp_path)
     for kernel in kernels:
         monkeypatch.setattr(user, kernel, getattr(broken, kernel))
