@@ -139,8 +139,8 @@ def variants(arch: str) -> dict[str, Job]:
     descriptor = [request for request in by_rule if rule_of(arch, request).tile.loads == "descriptor"]
     jobs += [decode_job(arch, request, "unaligned") for request in descriptor]
     jobs += [decode_job(arch, request) for request in fp8_requests(arch)]
-    several = [replace(request, rows=max(request.rows, 16)) for request in (*by_rule, *fp8_requests(arch))]
-    jobs += [decode_job(arch, request, query_len=2) for request in several]
+    widest_rows = [request for request in by_rule if request.latent_dim == GEOMETRIES[0][0]] + fp8_requests(arch)
+    jobs += [decode_job(arch, replace(one, rows=max(one.rows, 16)), query_len=2) for one in widest_rows]
     most = TileRequest(128, *GEOMETRIES[0], 64)
     jobs.append(decode_job(arch, most, "fp16"))
     tile, request = rule_of(arch, most).tile, decode_request(arch, most)

@@ -11,7 +11,7 @@ from portable_mla.backends.triton.key_kernels import GROUP, dequantise, load_key
 from portable_mla.backends.triton.tile_kernels import START_MAX, key_rows, load_pages
 
 COLUMNS = tl.constexpr(GROUP.value)  # of a latent, at a time; they share a scale where rows carry scales
-EXPANDED_COLUMNS = tl.constexpr(32)  # of expanded keys and values, at a time
+EXPANDED_COLUMNS = tl.constexpr(64)  # of expanded keys and values, at a time; with 32, Triton 3.6 leaves shared memory
 
 
 @triton.jit

@@ -101,7 +101,7 @@ MUTANTS = {
         "softmax_scale *= load_kv_scale(kv_scale_ptr, status_ptr, pid == 0)",
         "softmax_scale *= 1.0",
         SCALED,
-    ),  # fmt: skip
+    ),
     "the scale is not in the output": Mutant(decode_kernels, "acc *= tl.load(kv_scale_ptr)", "acc *= 1.0", SCALED),
     "fp8 bits are read with the other bias": Mutant(
         key_kernels, 'FLOAT8 == "e4m3fnuz")', 'FLOAT8 == "e4m3")', SCALED, arch="sm80"
