@@ -5,7 +5,7 @@ import triton.language as tl
 
 from portable_mla import cache_format
 from portable_mla.float8_kernels import float8_bits
-from portable_mla.metadata.status_kernels import POSITION, SLOT, load_kv_scale, report_fault
+from portable_mla.metadata.status_kernels import POSITION, SLOT, load_kv_scale, report_fault, report_kv_scale
 
 GROUP = tl.constexpr(cache_format.GROUP)
 SMALLEST_SCALE = tl.constexpr(0x00800000)  # float32 bits of 2**-126
@@ -188,7 +188,8 @@ def write_latent_kernel(
         page, place = slot // PAGE_SIZE, slot % PAGE_SIZE
         scale = 1.0
         if kv_scale_ptr is not None:
-            scale = load_kv_scale(kv_scale_ptr, status_ptr, token == 0)
+            scale = load_kv_scale(kv_scale_ptr)
+            report_kv_scale(kv_scale_ptr, status_ptr, token == 0)
             is_stored = is_stored & (scale == scale)
         if rows_ptr is not None:
             rows_ptr += token * stride_rows

@@ -9,7 +9,7 @@ from portable_mla.backends.triton.pair_decode_kernels import attend_pairs
 from portable_mla.backends.triton.program_kernels import grouped_program_id
 from portable_mla.backends.triton.tile_kernels import START_MAX, key_rows, load_pages
 from portable_mla.metadata.split_kernels import ITEM_FIELDS
-from portable_mla.metadata.status_kernels import QUERY_TOKENS, load_kv_scale, report_fault
+from portable_mla.metadata.status_kernels import QUERY_TOKENS, load_kv_scale, report_fault, report_kv_scale
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -246,7 +246,7 @@ def decode_kernel(
     item_lo = tl.load(part_indptr_ptr + part)
     item_hi = tl.load(part_indptr_ptr + part + 1)
     if kv_scale_ptr is not None:
-        softmax_scale *= load_kv_scale(kv_scale_ptr, status_ptr, pid == 0)
+        softmax_scale *= load_kv_scale(kv_scale_ptr)
     leaks = tl.zeros([BLOCK_H], tl.int32)  # of each row
     for index in range(item_lo, item_hi):
         item_ptr = items_ptr + index * ITEM_FIELDS
@@ -295,6 +295,6 @@ def decode_kernel(
                     items_ptr + index * ITEM_FIELDS, first_row, q_ptr, kv_ptr, kv_scale_ptr, table_header_ptr, out_ptr,
                     lse_ptr, partial_out_ptr, partial_stats_ptr, softmax_scale * LOG2_E, tokens, pages, max_rows,
                     stride_q_token, stride_q_head, stride_kv_page, stride_kv_slot, stride_out_token, stride_out_head,
-                    stride_lse_token, stride_lse_head,
-                    HEADS, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
+                    stride_lse_token, stride_lse_head, HEADS, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
                 )  # fmt: skip
+    report_kv_scale(kv_scale_ptr, status_ptr, pid == 0)

@@ -98,7 +98,7 @@ MUTANTS = {
     "combine writes the base-2 logarithm": Mutant(combine_kernels, "tl.log2(total)) * LN_2", "tl.log2(total))"),
     "the scale is not in the scores": Mutant(
         decode_kernels,
-        "softmax_scale *= load_kv_scale(kv_scale_ptr, status_ptr, pid == 0)",
+        "softmax_scale *= load_kv_scale(kv_scale_ptr)",
         "softmax_scale *= 1.0",
         SCALED,
     ),
