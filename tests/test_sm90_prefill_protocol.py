@@ -10,7 +10,10 @@ import random
 
 import pytest
 
-from tests.barrier_model import COMPUTE, LOADER, Fault, Role, Room, play
+pytest.importorskip("triton.experimental.gluon", reason="needs a Triton with Gluon")
+
+from portable_mla.backends.nvidia.sm90_prefill_room_kernels import ITEM_SLOTS
+from tests.barrier_model import COMPUTE, LOADER, Fault, Role, Room, play, play_all
 
 STAGES = ("0", "1")
 SIZES = {f"free_{name}{stage}": 288 for name in ("keys", "values") for stage in STAGES} | {
@@ -20,7 +23,7 @@ SIZES = {f"free_{name}{stage}": 288 for name in ("keys", "values") for stage in 
 
 def item_slots(room: Room) -> int:
     """Items that are kept: a warpgroup may be an item behind the other."""
-    return 1 if room.fault == "one slot" else 2
+    return 1 if room.fault == "one slot" else ITEM_SLOTS.value
 
 
 def attend(room: Room, items: list[int], warpgroup: int) -> Role:
@@ -128,3 +131,21 @@ def test_a_seeded_fault_is_caught(fault: str) -> None:
         except Fault:
             caught += 1
     assert caught, f"{fault} went unnoticed"
+
+
+@pytest.mark.parametrize("items", [[1], [2], [3]], ids=str)
+def test_no_interleaving_at_all_of_an_item(items: list[int]) -> None:
+    assert play_every(items) > 1000
+
+
+@pytest.mark.parametrize("fault", ["early release", "turn left"])
+def test_a_seeded_fault_is_in_some_interleaving(fault: str) -> None:
+    with pytest.raises(Fault):
+        play_every([3], fault)
+
+
+def play_every(items: list[int], fault: str = "") -> int:
+    """States of all interleavings."""
+    room = Room(SIZES, fault)
+    warps = [attend(room, items, 0), attend(room, items, 1)]
+    return play_all(room, [*warps, load_keys(room, items), load_values(room, items)])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.barrier_model import COMPUTE, LOADER, Fault, Role, Room, play
+from tests.barrier_model import COMPUTE, LOADER, Fault, Role, Room, play, play_all
 
 SIZES = {"weights0": 256, "weights1": 256, "query": 320} | dict.fromkeys(
     ("free_left0", "free_left1", "free_right0", "free_right1"), 160
@@ -251,3 +251,22 @@ def test_a_seeded_fault_is_caught(fault: str) -> None:
         except Fault:
             caught += 1
     assert caught, f"{fault} went unnoticed"
+
+
+@pytest.mark.parametrize("items", [[1], [2], [3]], ids=str)
+@pytest.mark.parametrize("rope", [True, False])
+def test_no_interleaving_at_all_of_an_item(items: list[int], rope: bool) -> None:
+    assert play_every(items, rope=rope) > 1000
+
+
+@pytest.mark.parametrize("fault", ["early release", "arrive before meeting"])
+def test_a_seeded_fault_is_in_some_interleaving(fault: str) -> None:
+    with pytest.raises(Fault):
+        play_every([3], fault)
+
+
+def play_every(items: list[int], fault: str = "", *, rope: bool = True) -> int:
+    """States of all interleavings, with tails that are zeroed."""
+    room = Room(SIZES, fault)
+    warps = [left(room, items, rope), right(room, items, rope, [True] * len(items))]
+    return play_all(room, [*warps, load_left(room, items, rope), load_right(room, items)])

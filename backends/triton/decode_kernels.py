@@ -287,14 +287,15 @@ def decode_kernel(
             partial_out_ptr, partial_stats_ptr, tokens, max_rows, stride_out_token, stride_out_head,
             stride_lse_token, stride_lse_head, HEADS, LATENT, BLOCK_H,
         )  # fmt: skip
-    if HIDDEN_KEYS:  # noqa: SIM102 a constant, then a value
+    if HIDDEN_KEYS:  # noqa: SIM102
         if tl.max(leaks, 0) > 0:
-            tl.debug_barrier()  # what follows overwrites what other threads wrote
+            tl.debug_barrier()  # the same is written again, by other threads
             for index in range(tl.load(part_indptr_ptr + part, volatile=True), item_hi):
                 _redo_item(
                     items_ptr + index * ITEM_FIELDS, first_row, q_ptr, kv_ptr, kv_scale_ptr, table_header_ptr, out_ptr,
                     lse_ptr, partial_out_ptr, partial_stats_ptr, softmax_scale * LOG2_E, tokens, pages, max_rows,
                     stride_q_token, stride_q_head, stride_kv_page, stride_kv_slot, stride_out_token, stride_out_head,
-                    stride_lse_token, stride_lse_head, HEADS, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
+                    stride_lse_token, stride_lse_head,
+                    HEADS, LATENT, ROPE, PAGE_SIZE, BLOCK_H, BLOCK_N, FLOAT8, GROUPED,
                 )  # fmt: skip
     report_kv_scale(kv_scale_ptr, status_ptr, pid == 0)
