@@ -12,6 +12,7 @@ from portable_mla.metadata import PagedBatch
 from portable_mla.pages import PagePool
 from portable_mla.settings import Settings
 from portable_mla.shape import MLAShape
+from portable_mla.torch_ops import without_gradients
 from portable_mla.write_arguments import check_slots
 
 
@@ -77,7 +78,7 @@ class PagedLatentCache:
         tokens = torch.arange(start, stop, dtype=torch.int64, device="cpu")
         return (pages[tokens // page_size] * page_size + tokens % page_size).to(self.storage.device)
 
-    @torch.no_grad()
+    @without_gradients()
     def write(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Store rows [tokens, row_width], in the cache's dtype, at `slots` [tokens] int32 or int64 of one layer.
 

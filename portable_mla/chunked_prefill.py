@@ -16,6 +16,7 @@ from portable_mla.ops import result_tensors
 from portable_mla.prefill import check_prefill_outputs, run_prefill, runner_for, serve_prefill
 from portable_mla.prefill_arguments import PrefillArguments
 from portable_mla.settings import Settings
+from portable_mla.torch_ops import without_gradients
 
 _ROWS = 8  # rows of any even width fill whole 16 bytes, so that each part of a workspace is aligned
 _TILE = 128  # query tokens of a row tile, about
@@ -23,7 +24,7 @@ _LEAST_WAVES = 3  # tiles of a launch for each compute unit
 _MOST_IDLE = 0.05  # share of a launch in which units without a tile wait for its last ones
 
 
-@torch.no_grad()
+@without_gradients("out", "lse")
 def mla_chunked_prefill(  # noqa: PLR0913 (the tensors and options of one attention call)
     q: Tensor,
     k_nope: Tensor,

@@ -77,7 +77,8 @@ class CachedContext:
     @property
     def most_tokens(self) -> int:
         """Upper bound of the tokens of all sequences."""
-        return self.lens.shape[0] * self.max_len if self.max_tokens is None else self.max_tokens
+        most = self.lens.shape[0] * self.max_len
+        return most if self.max_tokens is None else min(most, self.max_tokens)
 
     def check(self, inputs: PrefillInputs, *, values: bool) -> None:
         """Raises TypeError or ValueError for what does not fit the prefill, and with `values`, which waits for the

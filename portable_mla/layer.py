@@ -16,6 +16,7 @@ from portable_mla.layer_step import LayerStep
 from portable_mla.mixed import MixedAttention
 from portable_mla.ops import scale_tensor
 from portable_mla.overlap import Fork
+from portable_mla.torch_ops import without_gradients
 
 
 class RMSNorm(nn.Module):
@@ -85,7 +86,7 @@ class MLALayer(nn.Module):
         self.o_proj = linear(heads * geometry.v_dim, hidden, bias=geometry.bias and rank == 0)
         nn.Module.register_load_state_dict_pre_hook(self, _take_own_heads)
 
-    @torch.no_grad()
+    @without_gradients("kv_cache")
     def forward(
         self, hidden: Tensor, kv_cache: Tensor, step: LayerStep, *, kv_scale: float | Tensor | None = None
     ) -> Tensor:

@@ -69,7 +69,7 @@ def token_places(batch: PagedBatch, tokens: int, page_size: int) -> tuple[Tensor
             f"tokens a request), got {int(kv_lens[longest])}"
         )
     lens = torch.full_like(kv_lens, batch.max_query_len) if batch.query_lens is None else batch.query_lens.long()
-    ends = torch.cumsum(lens, 0)
+    ends = torch.cumsum(lens.clamp(min=0), 0)  # as the plan counts them
     token = torch.arange(tokens, dtype=torch.int64, device=batch.device)
     request = torch.searchsorted(ends, token, right=True)
     padding = request >= batch.size

@@ -25,6 +25,7 @@ from portable_mla.prefill_arguments import PrefillArguments
 from portable_mla.scalars import check_bound
 from portable_mla.settings import Settings
 from portable_mla.shape import Capacity, MLAShape, Phase, Request
+from portable_mla.torch_ops import without_gradients
 
 
 class MixedAttention:
@@ -184,6 +185,7 @@ class MixedAttention:
         """The decodes of one layer: q [decode_tokens, heads, latent + rope] -> out [decode_tokens, heads, latent]."""
         return self.decodes(q, kv_cache, out, lse, softmax_scale=softmax_scale, kv_scale=kv_scale)
 
+    @without_gradients("out", "lse")
     def prefill(
         self,
         q: Tensor,
@@ -197,8 +199,7 @@ class MixedAttention:
         context: CachedContext | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The prefills of one layer: the new tokens' q [prefill_tokens, heads, nope + rope], k_nope, k_pe and v ->
-        out [prefill_tokens, heads, v_dim] and lse, as in `mla_prefill`; over a cached context too where one is given:
-        see `context`."""
+        out [prefill_tokens, heads, v_dim] and lse, as in `mla_prefill`; over a cached `context` too where given."""
         planned = self._latest()
         offsets = planned.cu_seqlens[: planned.split.prefill_requests + 1]
         inputs = PrefillInputs(q, k_nope, k_pe, v, offsets, offsets)
@@ -210,14 +211,12 @@ class MixedAttention:
                 deterministic=self.request.deterministic, out=out, lse=lse,
             )  # fmt: skip
         arguments = PrefillArguments(inputs, longest, longest, softmax_scale)
-        unknown = self._in_capture() or planned.contexts is None
-        if not unknown:
+        if planned.contexts is not None and not self._in_capture():
             _check_no_context(planned)
         out, lse = result_tensors(q, v.shape[2], out, lse)
         check_prefill_outputs(inputs, out, lse)
-        with torch.no_grad():
-            run_prefill(self._runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
-        if unknown:
+        run_prefill(self._runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
+        if q.device.type != "cpu":  # the scheduler's lengths need not be the device's
             lens = self._context_lens[: planned.split.prefill_requests]
             poison_rows(lens, offsets, out, lse, max_len=0, max_tokens=0, status=self._status.words)
         return out, lse

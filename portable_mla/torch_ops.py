@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "portable_mla"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -31,18 +35,38 @@ def _without_gradients(name: str) -> Callable[..., Any]:
     def call(*arguments: Any, **keywords: Any) -> Any:
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         if torch.is_grad_enabled():
-            _check_gradients(op, arguments, keywords)
+            schema = op._schema.arguments
+            written = {argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write}
+            names = (argument.name for argument in schema)
+            _check_gradients(name, dict(zip(names, arguments, strict=False)) | keywords, written)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments, **keywords)
 
     return call
 
 
-def _check_gradients(op: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    schema = op._schema
-    given = dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)) | keywords
-    asking = [name for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad]
-    written = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
+def without_gradients(*written: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """An entry point that is no op, for inference alone as ops are. written: the arguments that it writes to."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        code = function.__code__
+        names, entry = code.co_varnames[: code.co_argcount], function.__qualname__
+
+        @functools.wraps(function)
+        def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+            if not torch.is_grad_enabled():
+                return function(*arguments, **keywords)
+            _check_gradients(entry, dict(zip(names, arguments, strict=False)) | keywords, written)
+            with torch.no_grad():
+                return function(*arguments, **keywords)
+
+        return call
+
+    return decorate
+
+
+def _check_gradients(entry: str, given: Mapping[str, object], written: Collection[str]) -> None:
+    asking = [name for name, value in given.items() if _requires_grad(value)]
     for name in asking:
         if name in written:
             raise ValueError(
@@ -50,7 +74,15 @@ def _check_gradients(op: Any, arguments: tuple[Any, ...], keywords: dict[str, An
                 "torch.no_grad() or detach it"
             )
     if asking:
-        warn_of_gradients(op.name().partition("::")[2], asking[0])
+        warn_of_gradients(entry, asking[0])
+
+
+def _requires_grad(value: object) -> bool:
+    """Whether a tensor does, or a tensor of a dataclass, such as the weights of a context."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    parts = vars(value).values() if dataclasses.is_dataclass(value) else ()
+    return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
 
 
 def warn_of_gradients(entry: str, name: str) -> None:
@@ -60,3 +92,8 @@ def warn_of_gradients(entry: str, name: str) -> None:
         "it. Use torch.no_grad() where none is wanted",
         stacklevel=2,
     )
+
+
+# torch.compile cannot trace a warning: marked so, it calls this while it traces. torch.compiler.assume_constant_result
+# sets the same mark and imports all of the compiler.
+warn_of_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from portable_mla import (
+    CachedContext,
     CacheFormat,
     Capacity,
     LayerGeometry,
     LayerStep,
     MixedAttention,
     MLALayer,
+    MLAShape,
     PagedBatch,
     PagedLatentCache,
     mla_chunked_prefill,
@@ -230,3 +232,40 @@ def test_lengths_of_a_scheduler_that_are_not_the_batchs_are_refused() -> None:
         batch.check_values(4, 1, 1)
     with pytest.raises(ValueError, match="kv_lens_on_host: expected 1 lengths, got 2"):
         replace(batch, kv_lens_on_host=(3, 3))
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_a_negative_query_length_moves_no_other_requests_tokens() -> None:
+    batch = PagedBatch(torch.tensor([[0], [1]], dtype=torch.int32), ints(2, 3), ints(-2, 3), 3)
+    slots, positions = token_places(batch, 3, 4)
+    assert (slots.tolist(), positions.tolist()) == ([4, 5, 6], [0, 1, 2])
+
+
+def test_a_bound_on_all_tokens_of_no_sequence_reads_nothing() -> None:
+    none, cu = torch.zeros(0, 1, dtype=torch.int32), ints(0)
+    context = CachedContext(
+        torch.randn(2, 4, 20), none, ints(), 5, torch.randn(3, 8, 16), torch.randn(3, 6, 16), max_tokens=5
+    )
+    out, _ = mla_chunked_prefill(
+        torch.randn(2, 3, 12), torch.randn(2, 3, 8), torch.randn(2, 4), torch.randn(2, 3, 6), cu, cu, context,
+        max_seqlen_q=2, max_seqlen_k=2, softmax_scale=0.3,
+    )  # fmt: skip
+    assert not bool(out.any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kv_len", "claim"), [(10, 4), (2, 2)], ids=["stale lengths", "fewer tokens than new ones"])
+def test_lengths_of_a_scheduler_never_hide_what_the_device_has(kv_len: int, claim: int) -> None:
+    shape = MLAShape(2, 512, 64, 16, torch.bfloat16, CacheFormat.bf16, 128, 128)
+    mixed = MixedAttention(shape, Capacity(2, 16, 16, 64, 8), device="cuda")
+    table_of_one = torch.zeros(1, 4, dtype=torch.int32, device="cuda")
+    batch = PagedBatch(table_of_one, ints(kv_len).cuda(), ints(4).cuda(), 4, kv_lens_on_host=(claim,))
+    mixed.plan(batch, [4])
+    q, k, v = (torch.randn(4, 2, n, dtype=torch.bfloat16, device="cuda") for n in (192, 128, 128))
+    out, lse = mixed.prefill(q, k, q[:, 0, 128:].contiguous(), v, softmax_scale=0.07)
+    assert bool(out.isnan().all() and lse.isnan().all())
+    with pytest.raises(IndexError, match="sequence 0"):
+        mixed.check()

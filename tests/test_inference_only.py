@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from portable_mla import CacheFormat, MLAShape, PagedLatentCache, merge_state, merge_states, mla_decode, write_latent
+from portable_mla import (
+    CacheFormat,
+    MLAShape,
+    PagedLatentCache,
+    merge_state,
+    merge_states,
+    mla_chunked_prefill,
+    mla_decode,
+    write_latent,
+)
 from tests.test_scales import BF16, EXPANDED, ROWS, Q, chunked, context, fresh, ints, mixed, planned
 
 Outputs = tuple[Tensor, ...]
@@ -43,6 +53,19 @@ def over_context() -> Outputs:
     return result
 
 
+def chunked_into(**given: Any) -> object:
+    """mla_chunked_prefill into results of the caller's."""
+    cu = ints(0, 3)
+    return mla_chunked_prefill(
+        *EXPANDED, cu, cu, context(), max_seqlen_q=3, max_seqlen_k=3, softmax_scale=0.3, **given
+    )  # fmt: skip
+
+
+def mixed_into(**given: Any) -> object:
+    """MixedAttention.prefill into results of the caller's."""
+    return fresh().prefill(*EXPANDED, softmax_scale=0.3, **given)
+
+
 ENTRIES: dict[str, Callable[[], Outputs]] = {
     "mla_decode": lambda: mla_decode(ASKING, ROWS, ints(0, 1)[None], ints(8), softmax_scale=0.3, latent_dim=8),
     "mla_decode into": into_given,
@@ -63,9 +86,9 @@ def test_results_never_require_grad(entry: str) -> None:
         assert not result.requires_grad and result.grad_fn is None and result.isfinite().all()
 
 
-@pytest.mark.parametrize("entry", ["mla_decode", "planned", "mla_prefill", "merge_state"])
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_who_could_ask_for_a_gradient_is_told_that_there_is_none(entry: str) -> None:
-    with pytest.warns(UserWarning, match=r"portable_mla is for inference: \w+ was given \w+, which requires grad"):
+    with pytest.warns(UserWarning, match=r"portable_mla is for inference: [\w.]+ was given \w+, which requires grad"):
         ENTRIES[entry]()
 
 
@@ -100,7 +123,8 @@ def test_a_cache_never_enters_autograd() -> None:
     rows = linear(torch.randn(4, 5))
     with pytest.warns(UserWarning, match="write_latent was given c_kv"):
         write_latent(cache[0], cache.slots("r", 0, 4), rows[:, :8], rows[:, 8:])
-    cache.write(0, cache.slots("r", 4, 8), rows)
+    with pytest.warns(UserWarning, match="PagedLatentCache.write was given rows"):
+        cache.write(0, cache.slots("r", 4, 8), rows)
     assert not cache.storage.requires_grad and torch.equal(cache.storage.view(-1, 12)[:4], rows)
 
 
@@ -108,3 +132,23 @@ def test_a_result_that_requires_grad_is_not_written_to() -> None:
     out, lse = torch.empty(1, 2, 8, requires_grad=True), torch.empty(1, 2)
     with pytest.raises(ValueError, match="out: requires grad, and portable_mla is for inference"):
         mla_decode(Q, ROWS, ints(0, 1)[None], ints(8), softmax_scale=0.3, latent_dim=8, out=out, lse=lse)
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+@pytest.mark.parametrize("entry", [chunked_into, mixed_into])
+def test_nor_is_one_of_an_entry_point_that_is_no_op(entry: Callable[..., object], name: str) -> None:
+    given = {"out": torch.empty(3, 2, 5), "lse": torch.empty(3, 2)}
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name}: requires grad, and portable_mla is for inference"):
+        entry(**given)
+
+
+def test_a_graph_that_writes_to_a_cache_says_so_while_it_is_traced() -> None:
+    torch._dynamo.reset()
+    cache, linear = PagedLatentCache(MLAShape(2, 8, 4, 4, torch.float32, CacheFormat.fp32), 4), nn.Linear(5, 12)
+    cache.allocate("r", 4)
+    slots = cache.slots("r", 0, 4)
+    write = torch.compile(lambda x: cache.write(0, slots, linear(x)), backend="eager")
+    with pytest.warns(UserWarning, match="PagedLatentCache.write was given rows"):
+        write(torch.randn(4, 5))
+    assert not cache.storage.requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from portable_mla import (
 )
 from portable_mla.errors import CacheFull
 from portable_mla.integrations.transformers.attention import attend
+from portable_mla.integrations.transformers.paged import attend_paged
 from portable_mla.integrations.transformers.patching import mla_modules
 from portable_mla.integrations.transformers.version import check_continuous_batching, check_version
 from tests.hf_models import FAMILIES, SPARSE, VOCABULARY, YARN, left_padded, tiny
@@ -141,6 +143,38 @@ def test_a_prompt_in_chunks_gives_the_same_logits(device: str) -> None:
     cache.reset()
     assert cache.memory()["in use"] == 0
     difference(ours(ids, past_key_values=cache).logits, stock(ids).logits)
+
+
+def test_a_latent_cache_serves_a_model_that_records_gradients_and_says_so(device: str) -> None:
+    stock, ours = pair_of("deepseek_v3", device)
+    ids, _ = left_padded((17, 17), device)
+    cache = integration.LatentCache(ours.config, pages=24, page_size=4)
+    with torch.enable_grad(), pytest.warns(UserWarning, match="LatentCache.attend was given"):
+        parts = [ours(part, past_key_values=cache).logits for part in ids.split([16, 1], dim=1)]
+    difference(torch.cat(parts, 1).detach(), stock(ids).logits)
+
+
+@pytest.mark.parametrize("cached", [0, 4])
+def test_the_pool_of_continuous_batching_never_requires_grad(cached: int) -> None:
+    model = model_of("deepseek_v3")
+    module = next(iter(mla_modules(model).values()))
+    pool = torch.zeros(16, 1, 48)
+    pages = SimpleNamespace(
+        layer_index_to_group_indices={module.layer_idx: (0, 0)}, sliding_windows={module.layer_idx: 1},
+        key_cache=[pool], value_cache=[torch.zeros_like(pool)], block_size=4,
+    )  # fmt: skip
+    tokens, new = torch.arange(cached + 3), torch.arange(cached, cached + 3)
+    offsets, lens = (torch.tensor([0, n], dtype=torch.int32) for n in (3, cached + 3))
+    with torch.enable_grad(), pytest.warns(UserWarning, match="attend_paged was given query"):
+        query, key, value = (
+            torch.randn(1, n, 3, width, requires_grad=True) for n, width in ((8, 40), (1, 32), (1, 16))
+        )
+        out, _ = attend_paged(
+            module, query, key, value, None, 0.2, pages, write_index=[new], read_index=[tokens if cached else new[:0]],
+            cu_seq_lens_q=offsets, cu_seq_lens_k=lens, max_seqlen_q=3, max_seqlen_k=cached + 3,
+        )  # fmt: skip
+    assert not out.requires_grad and not pool.requires_grad
+    assert torch.equal(pool[new, 0, :32], key[0, 0])
 
 
 def test_continuous_batching_generates_what_generate_does(device: str) -> None:

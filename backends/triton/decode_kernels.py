@@ -171,10 +171,8 @@ def _redo_item(
     HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr, FLOAT8: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """A row tile of an item, whatever its hidden values are.
-
-    The item is read again (hence volatile), so that nothing of it stays in registers through the KV loop.
-    """
+    """A row tile of an item, whatever its hidden values are. The item is read again (hence volatile), so that nothing
+    of it stays in registers through the KV loop."""
     request = tl.load(item_ptr, volatile=True)
     tile_lo, tile_hi = tl.load(item_ptr + 1, volatile=True), tl.load(item_ptr + 2, volatile=True)
     kv_len, query_start = tl.load(item_ptr + 4, volatile=True), tl.load(item_ptr + 5, volatile=True)

@@ -247,7 +247,7 @@ class Step:
         tokens, heads = lse.shape
         given = theirs.as_strided((tokens // self._query_len, self._query_len, heads), strides) * self._natural_per_unit
         state = self.states[:tokens, None]
-        fill = torch.where(state == EMPTY, 0.0, torch.nan)
+        fill = given.new_zeros(state.shape).masked_fill_(state != EMPTY, torch.nan)
         lse.copy_(
             torch.where(state == SEES, given.reshape(tokens, heads), torch.where(state == EMPTY, -torch.inf, fill))
         )

@@ -21,6 +21,7 @@ from portable_mla.integrations.transformers.masks import padding_of
 from portable_mla.layer_step import token_places
 from portable_mla.prefill import mla_prefill
 from portable_mla.shape import Capacity, MLAShape
+from portable_mla.torch_ops import without_gradients
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class LatentCache(Cache):
         pool, storage = self._paged.pool, self._paged.storage
         return {"in use": storage.nbytes // pool.total * (pool.total - pool.free_pages), "pool": storage.nbytes}
 
-    @torch.no_grad()
+    @without_gradients()
     def attend(
         self, rows: NewRows, module: Any, query: Tensor, k_pe: Tensor, mask: Tensor, scale: float
     ) -> Tensor:  # fmt: skip

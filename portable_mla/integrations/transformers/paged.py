@@ -16,6 +16,7 @@ from portable_mla.integrations.transformers.attention import (
 )
 from portable_mla.integrations.transformers.cache import prefill_expanded, up_projections
 from portable_mla.ops import mla_decode
+from portable_mla.torch_ops import without_gradients
 
 PAGED_NAME = f"paged|{NAME}"
 _KNOWN = (
@@ -30,6 +31,7 @@ _KNOWN = (
 )
 
 
+@without_gradients()
 def attend_paged(
     module: Any,
     query: Tensor,
