@@ -35,9 +35,10 @@ SPILL_IN_LOOP = {  # on Triton 3.6: the faster of two, or a way out that few cal
         "decode 512+64 16x32w4s3 fp8_656 x2", "decode 512+64 64x32w8s3 fp8_e4m3", "decode 512+64 64x32w8s3 fp8_e4m3 x2",
     },
     "sm86": {
-        "decode 512+64 16x32w4s3 fp8_e4m3", "decode 512+64 32x32w4s2 fp8_e4m3", "decode 512+64 32x32w4s2 fp8_e4m3 x2",
+        "decode 512+64 32x32w4s2 fp8_e4m3", "decode 512+64 32x32w4s2 fp8_e4m3 x2",
         "prefill 64+64/128 128x64w8s2 pointer",
     },
+    "sm89": {"prefill 64+64/128 128x64w8s2 pointer"},
     "sm90": {
         "decode 512+64 16x64w4s3 unaligned", "decode 512+64 32x64w8s3 unaligned", "decode 512+64 64x64w8s2 unaligned",
         "decode 512+64 64x64w8s2 gather x2", "gluon prefill 128+64 v 128 bfloat16 causal",
@@ -47,7 +48,9 @@ SPILL_IN_LOOP = {  # on Triton 3.6: the faster of two, or a way out that few cal
     "sm120": {
         "decode 512+0 16x32w4s3 descriptor", "decode 512+64 16x32w4s3 descriptor", "decode 512+64 16x32w4s3 fp16",
         "decode 512+64 16x32w4s3 descriptor x2", "decode 512+64 16x32w4s3 gather x2",
+        "prefill 64+64/128 128x64w8s2 pointer",
     },
+    "gfx950": {"prefill 64+32/64 128x64w4s1e2 pointer"},
 }  # fmt: skip
 
 
