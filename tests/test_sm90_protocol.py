@@ -262,7 +262,7 @@ def test_no_interleaving_at_all_of_an_item(items: list[int], rope: bool) -> None
 @pytest.mark.parametrize("fault", ["early release", "arrive before meeting"])
 def test_a_seeded_fault_is_in_some_interleaving(fault: str) -> None:
     with pytest.raises(Fault):
-        play_every([3], fault)
+        play_every([4], fault)
 
 
 def play_every(items: list[int], fault: str = "", *, rope: bool = True) -> int:
