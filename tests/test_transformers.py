@@ -483,3 +483,16 @@ def test_a_full_pool_changes_nothing_and_the_step_can_be_tried_again() -> None:
         assert cache.get_seq_length() == 8 and cache.memory() == used
     cache.reset()
     assert cache.memory()["in use"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_last_token_that_sees_nothing_is_no_left_padding_where_others_see_keys(dtype: torch.dtype) -> None:
+    from portable_mla.integrations.transformers.masks import padding_of
+
+    seen = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
+    seen[1, 0, 2] = False  # padding on the right
+    mask = seen if dtype == torch.bool else torch.zeros(2, 1, 3, 3).masked_fill(~seen, -torch.inf)
+    with pytest.raises(ValueError, match="attention_mask: request 1: .*padding on the left alone"):
+        padding_of(mask, 3, 3)
+    assert padding_of(mask[:1], 3, 3) == [0]
+    assert padding_of(torch.zeros(1, 1, 3, 3, dtype=torch.bool), 3, 3) == [3]

@@ -23,6 +23,7 @@ def padding_of(mask: Tensor, n: int, total: int) -> list[int]:
     causal = (key >= padding[:, None, None]) & (key <= query[:, None])
     real = query >= padding[:, None]
     wrong = ((seen != causal).any(-1) & real).any(-1)
+    wrong |= (padding == total) & seen.any(-1).any(-1)  # the last token is padding, and some before it are not
     if bool(wrong.any()):
         raise ValueError(
             f"attention_mask: request {int(wrong.nonzero()[0])}: a LatentCache serves causal attention with padding on "
