@@ -61,19 +61,12 @@ def _free_query(WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def _free_keys(stage):
+def _free(stage, FREE_0: gl.constexpr, FREE_1: gl.constexpr):
+    """What `_wait_free` of the loaders waits for."""
     if stage == 0:
-        arrive(FREE_KEYS_0, ALL_THREADS)
+        arrive(FREE_0, ALL_THREADS)
     else:
-        arrive(FREE_KEYS_1, ALL_THREADS)
-
-
-@gluon.jit
-def _free_values(stage):
-    if stage == 0:
-        arrive(FREE_VALUES_0, ALL_THREADS)
-    else:
-        arrive(FREE_VALUES_1, ALL_THREADS)
+        arrive(FREE_1, ALL_THREADS)
 
 
 @gluon.jit
@@ -105,7 +98,7 @@ def _attend(
         sees = gl.minimum(item.sees + WARPGROUP * HALF, sees)
     position = (item.blocks - 1) * BLOCK_N
     stage = used & 1
-    _free_keys(stage)
+    _free(stage, FREE_KEYS_0, FREE_KEYS_1)
     if position + BLOCK_N > item.key_len:
         mbarrier.wait(room.values_full.index(stage), (used >> 1) & 1)
         zero_tail(room.values.index(stage), item.key_len - position, BLOCK_N, V_DIM)
@@ -131,7 +124,7 @@ def _attend(
         acc = warpgroup_mma(rounded, room.values.index(stage), acc, is_async=True)
         _give_turn(WARPGROUP)
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        _free_keys(stage ^ 1)
+        _free(stage ^ 1, FREE_KEYS_0, FREE_KEYS_1)
         if step == item.blocks - 2:
             _free_query(WARPGROUP)
         if position + BLOCK_N > sees:
@@ -152,7 +145,7 @@ def _attend(
         sums = sums * gl.convert_layout(factor, sums_row)[:, None] + partial_sums(weights, BLOCK_N)
         sums = settle(sums, 4)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _free_values(stage)
+        _free(stage, FREE_VALUES_0, FREE_VALUES_1)
         rounded = gl.convert_layout(weights.to(room.values.dtype), operand)
         if not LATE:
             acc = multiply_unless_one(acc, gl.convert_layout(factor, acc_row)[:, None], V_DIM // 2)
@@ -164,7 +157,7 @@ def _attend(
     mbarrier.wait(room.values_full.index(stage), (used >> 1) & 1)
     acc = warpgroup_mma(rounded, room.values.index(stage), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    _free_values(stage)
+    _free(stage, FREE_VALUES_0, FREE_VALUES_1)
     return acc, level, largest, gl.convert_layout(gl.sum(sums, 1), stats)
 
 

@@ -7,7 +7,7 @@ are values; so a program looks for what they leave in its result, and then atten
 import triton
 import triton.language as tl
 
-from portable_mla.backends.triton.key_kernels import GROUP, dequantise, load_key, load_rope
+from portable_mla.backends.triton.key_kernels import GROUP, dequantise, load_key, load_rope, load_stored
 from portable_mla.backends.triton.tile_kernels import START_MAX, key_rows, load_pages
 
 COLUMNS = tl.constexpr(GROUP.value)  # of a latent, at a time; they share a scale where rows carry scales
@@ -26,10 +26,7 @@ def _finite_columns(
     kv_ptr, offset, valid, first, dtype: tl.constexpr, LATENT: tl.constexpr, FLOAT8: tl.constexpr, GROUPED: tl.constexpr
 ):
     """These columns of one tile's latents with 0 in place of what is not finite, and where that was not."""
-    if GROUPED and FLOAT8 == "hardware":
-        stored = load_key(kv_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True), offset + first, valid, 0, COLUMNS)
-    else:
-        stored = load_key(kv_ptr, offset + first, valid, 0, COLUMNS)
+    stored = load_stored(kv_ptr, offset + first, valid, COLUMNS, FLOAT8, GROUPED)
     if GROUPED:
         scale_ptr = (kv_ptr + LATENT).to(tl.pointer_type(tl.float32), bitcast=True)
         scales = tl.load(scale_ptr + offset // 4 + first // GROUP, mask=valid, other=0.0)

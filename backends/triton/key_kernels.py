@@ -29,15 +29,20 @@ def dequantise(stored, dtype: tl.constexpr, FLOAT8: tl.constexpr):
 
 
 @triton.jit
+def load_stored(kv_ptr, offset, valid, WIDTH: tl.constexpr, FLOAT8: tl.constexpr, GROUPED: tl.constexpr):
+    """The first WIDTH latents of rows as they are stored, in a dtype that `dequantise` takes."""
+    if GROUPED and FLOAT8 == "hardware":
+        kv_ptr = kv_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+    return load_key(kv_ptr, offset, valid, 0, WIDTH)
+
+
+@triton.jit
 def load_latent(
     kv_ptr, offset, valid, dtype: tl.constexpr, LATENT: tl.constexpr, BLOCK_N: tl.constexpr, FLOAT8: tl.constexpr,
     GROUPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Latents of one tile, each group times its scale where rows carry them, else without the scale of the tensor."""
-    if GROUPED and FLOAT8 == "hardware":
-        stored = load_key(kv_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True), offset, valid, 0, LATENT)
-    else:
-        stored = load_key(kv_ptr, offset, valid, 0, LATENT)
+    stored = load_stored(kv_ptr, offset, valid, LATENT, FLOAT8, GROUPED)
     if GROUPED:
         latent = dequantise(stored, tl.float32, FLOAT8)
         group_ptr = (kv_ptr + LATENT).to(tl.pointer_type(tl.float32), bitcast=True)
