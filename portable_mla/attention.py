@@ -123,6 +123,10 @@ class MLAAttention:
         GPU those set the status words for `check`, or raise here under PORTABLE_MLA_DEBUG=1.
         """
         self.check_batch(batch)
+        self.plan_checked(batch)
+
+    def plan_checked(self, batch: PagedBatch) -> None:
+        """`plan` of a batch that `check_batch` just passed."""
         self._describe(batch, self._most_pages)
         self._batch, self._snapshot = batch, BatchSnapshot(batch)
         self._tokens = batch.size * batch.max_query_len if batch.query_lens is None else None

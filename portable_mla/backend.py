@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
-import torch
 from torch import Tensor
 
+from portable_mla.device import is_capturing
 from portable_mla.metadata import DecodeMetadata, Needs
 from portable_mla.shape import Phase, Request
 
@@ -51,7 +51,7 @@ class DecodeInputs(NamedTuple):
     def in_capture(self) -> bool:
         """Whether a graph captures this call."""
         if self.capturing is None:
-            return self.q.is_cuda and torch.cuda.is_current_stream_capturing()
+            return is_capturing(self.q)
         return self.capturing
 
 

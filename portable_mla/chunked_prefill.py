@@ -62,14 +62,14 @@ def mla_chunked_prefill(  # noqa: PLR0913 (the tensors and options of one attent
     Returns:
         out [tokens, heads, v_dim] in q's dtype (or out's) and lse [tokens, heads] float32, over context and new tokens.
 
-    Raises:
-        As `mla_prefill`, whose results never require grad either; ValueError for a workspace too small for one token.
+    Raises: as `mla_prefill`; ValueError for a workspace too small for one token. Inference only: no gradient flows.
     """
     settings = Settings.from_env()
     deterministic = deterministic or settings.deterministic
     inputs = PrefillInputs(q, k_nope, k_pe, v, cu_seqlens_q, cu_seqlens_k)
     new = PrefillArguments(inputs, max_seqlen_q, max_seqlen_k, softmax_scale)
-    context.check(inputs, values=(values := q.device.type == "cpu" or settings.debug))
+    values = q.device.type == "cpu" or settings.debug  # lengths over a bound are an error here, and NaN elsewhere
+    context.check(inputs, values=values)
     out, lse = result_tensors(q, v.shape[2], out, lse)
     check_prefill_outputs(inputs, out, lse)
     if context.most_tokens and q.shape[0]:

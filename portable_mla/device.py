@@ -91,6 +91,11 @@ def arch_named(name: str) -> Arch:
     raise UnsupportedDevice(f"{name!r} is not supported: {why}. Supported: {', '.join(ARCHS)}")
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether the current stream, on a GPU that the tensor is on, is being captured in a graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def arch_of(device: torch.device | str) -> Arch:
     """The architecture of a torch device, read once per device index.
 

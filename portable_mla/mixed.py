@@ -14,7 +14,7 @@ from portable_mla.backend import PrefillInputs, prefill_runner
 from portable_mla.chunked_prefill import mla_chunked_prefill
 from portable_mla.context import CachedContext
 from portable_mla.context_bounds import poison_rows
-from portable_mla.device import on_device_of
+from portable_mla.device import is_capturing, on_device_of
 from portable_mla.dispatch import Explanation, chosen_backend, explain
 from portable_mla.errors import PlanMismatch
 from portable_mla.metadata import DecodeBuffers, Limits, MixedSplit, Needs, PagedBatch, Status
@@ -124,16 +124,15 @@ class MixedAttention:
         split = MixedSplit.of(query_lens, self._threshold)
         decodes, prefills = split.parts(batch)
         self._check_capacity(batch, split)
-        capturing = batch.kv_lens.is_cuda and torch.cuda.is_current_stream_capturing()
-        if batch.device.type == "cpu" or (self._settings.debug and not capturing):
+        if batch.device.type == "cpu" or (self._settings.debug and not is_capturing(batch.kv_lens)):
             _check_values(batch, prefills, query_lens, self.request)
         contexts = contexts_on_host(prefills, query_lens[split.decode_requests :])
         if self._absorbed is not None:
             self._absorbed.check_batch(prefills)
         self.decodes.check_batch(decodes)
         if self._absorbed is not None:
-            self._absorbed.plan(prefills)
-        self.decodes.plan(decodes)  # a part without requests too: a captured graph may hold its launch
+            self._absorbed.plan_checked(prefills)
+        self.decodes.plan_checked(decodes)  # a part without requests too: a captured graph may hold its launch
         with on_device_of(batch.kv_lens):
             ragged = self._offsets.update(prefills, self.request.capacity.max_pages).ragged
         assert ragged is not None and prefills.query_lens is not None
@@ -170,7 +169,7 @@ class MixedAttention:
         return max(0, *planned.contexts)
 
     def _in_capture(self) -> bool:
-        return self.decodes.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return is_capturing(self._context_lens)
 
     def decode(
         self,
@@ -211,8 +210,8 @@ class MixedAttention:
                 deterministic=self.request.deterministic, out=out, lse=lse,
             )  # fmt: skip
         arguments = PrefillArguments(inputs, longest, longest, softmax_scale)
-        if planned.contexts is not None and not self._in_capture():
-            _check_no_context(planned)
+        if not self._in_capture() and (cached := planned.longer_than(0)):
+            raise ValueError(f"context: {cached}; expected MixedAttention.context(...), got None")
         out, lse = result_tensors(q, v.shape[2], out, lse)
         check_prefill_outputs(inputs, out, lse)
         run_prefill(self._runner, inputs, out, lse, softmax_scale=arguments.softmax_scale)
@@ -253,13 +252,8 @@ class MixedAttention:
         max_len = self.longest_context() if max_len is None else check_bound("max_len", max_len)
         max_tokens = None
         if planned.contexts is not None and not self._in_capture():
-            over = next((i for i, length in enumerate(planned.contexts) if length > max_len), None)
-            if over is not None:
-                request = planned.split.decode_requests + over
-                raise ValueError(
-                    f"max_len: request {request} has {planned.contexts[over]} tokens in the cache before its new ones, "
-                    f"got {max_len}"
-                )
+            if over := planned.longer_than(max_len):
+                raise ValueError(f"max_len: {over}, got {max_len}")
             max_tokens = sum(planned.contexts)
         return CachedContext(
             kv_cache, planned.block_table, lens, max_len, w_uk, w_uv, max_tokens, kv_scale, self._status.words
@@ -273,16 +267,12 @@ class _Planned:
     cu_seqlens: Tensor  # [max_batch + 1] int32: where the new tokens of each prefill begin
     contexts: tuple[int, ...] | None  # of each prefill, where they are known on the host
 
-
-def _check_no_context(planned: _Planned) -> None:
-    assert planned.contexts is not None, "known"
-    cached = next((index for index, length in enumerate(planned.contexts) if length > 0), None)
-    if cached is not None:
-        request = planned.split.decode_requests + cached
-        raise ValueError(
-            f"context: request {request} has {planned.contexts[cached]} tokens in the cache before its new ones; "
-            "expected MixedAttention.context(...), got None"
-        )
+    def longer_than(self, bound: int) -> str | None:
+        """The first prefill whose context is known to be over the bound, in words; None where there is none."""
+        for request, length in enumerate(self.contexts or (), self.split.decode_requests):
+            if length > bound:
+                return f"request {request} has {length} tokens in the cache before its new ones"
+        return None
 
 
 def _check_values(batch: PagedBatch, prefills: PagedBatch, query_lens: Sequence[int], request: Request) -> None:
@@ -294,6 +284,7 @@ def _check_values(batch: PagedBatch, prefills: PagedBatch, query_lens: Sequence[
         )
     capacity = request.capacity
     prefills.check_values(request.shape.page_size, capacity.max_pages, capacity.max_query_tokens)
-    for index, (kv_len, n) in enumerate(zip(batch.kv_lens.tolist(), query_lens, strict=True)):
-        if index >= batch.size - prefills.size and kv_len < n:
+    first = batch.size - prefills.size
+    for index, (kv_len, n) in enumerate(zip(prefills.kv_lens.tolist(), query_lens[first:], strict=True), first):
+        if kv_len < n:
             raise ValueError(f"kv_lens: request {index}: expected at least its {n} new tokens, got {kv_len}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portable_mla.arguments import DecodeArguments, check_device, check_outputs
 from portable_mla.backend import DecodeInputs, decode_runner
-from portable_mla.device import on_device_of
+from portable_mla.device import is_capturing, on_device_of
 from portable_mla.dispatch import select
 from portable_mla.errors import GraphCaptureError
 from portable_mla.metadata import DecodeBuffers, PagedBatch, Status
@@ -174,7 +174,7 @@ def _decode(  # noqa: PLR0913 (the op's schema)
 def _serve(arguments: DecodeArguments, out: Tensor, lse: Tensor, deterministic: bool, backend: str | None) -> None:
     """Dispatch, plan and run one call."""
     q, kv_cache, batch = arguments.q, arguments.kv_cache, arguments.batch
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(q):
         why = "mla_decode plans and allocates in every call, which a graph cannot repeat"
         raise GraphCaptureError(why, hint="Capture the calls of an MLAAttention: plan(batch) before the capture")
     settings = Settings.from_env()

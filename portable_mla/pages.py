@@ -64,7 +64,11 @@ class PagePool:
             raise ValueError(f"tokens: expected at least 0, got {tokens}")
         return -(-tokens // self.page_size)
 
-    def _take(self, count: int) -> list[int]:
+    def check_free(self, count: int) -> None:
+        """Raise CacheFull unless so many pages are free."""
         if count > len(self._free):
             raise CacheFull(count, len(self._free), self.total)
+
+    def _take(self, count: int) -> list[int]:
+        self.check_free(count)
         return [self._free.pop() for _ in range(count)]

@@ -27,17 +27,18 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, _without_gradients(name), "Autograd")
+    LIBRARY.impl(name, _below_autograd(name), "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
-def _without_gradients(name: str) -> Callable[..., Any]:
+def _below_autograd(name: str) -> Callable[..., Any]:
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    schema = op._schema.arguments
+    written = {argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write}
+    names = [argument.name for argument in schema]
+
     def call(*arguments: Any, **keywords: Any) -> Any:
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
         if torch.is_grad_enabled():
-            schema = op._schema.arguments
-            written = {argument.name for argument in schema if argument.alias_info and argument.alias_info.is_write}
-            names = (argument.name for argument in schema)
             _check_gradients(name, dict(zip(names, arguments, strict=False)) | keywords, written)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments, **keywords)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.errors import Unsatisfiable
 
 from portable_mla import NoBackend, Settings, UnsupportedDevice, arch_of
+from tests.prefill_cases import prefill_targets
 from tests.targets import Target, local_targets
 
 if TYPE_CHECKING:
@@ -113,6 +114,13 @@ def nan_filled_empty() -> Iterator[None]:
 @pytest.fixture(scope="session", params=local_targets(), ids=str)
 def target(request: pytest.FixtureRequest) -> Target:
     """Every backend on every device of this machine."""
+    value: Target = request.param
+    return value
+
+
+@pytest.fixture(scope="session", params=prefill_targets(), ids=str)
+def prefill_target(request: pytest.FixtureRequest) -> Target:
+    """Every backend that serves prefill, on every device of this machine."""
     value: Target = request.param
     return value
 

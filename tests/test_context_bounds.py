@@ -30,6 +30,7 @@ from portable_mla.metadata.status import Fault
 from tests.prefill_cases import PrefillCase
 from tests.test_chunked_prefill import chunked
 from tests.test_layer import assert_close, plain, table
+from tests.test_scales import ints
 
 GEOMETRY = LayerGeometry(32, 4, 16, 8, 12, 10, softmax_scale(12, 8), q_lora_rank=24)
 TABLE = table(GEOMETRY, "cpu")
@@ -232,10 +233,6 @@ def test_lengths_of_a_scheduler_that_are_not_the_batchs_are_refused() -> None:
         batch.check_values(4, 1, 1)
     with pytest.raises(ValueError, match="kv_lens_on_host: expected 1 lengths, got 2"):
         replace(batch, kv_lens_on_host=(3, 3))
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def test_a_negative_query_length_moves_no_other_requests_tokens() -> None:

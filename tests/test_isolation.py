@@ -11,17 +11,10 @@ from portable_mla import CachedContext
 from tests import prefill_cases, test_chunked_prefill
 from tests.cases import Case
 from tests.isolation import GROUPED, PLAIN, SPOILED, SPOILERS, Spoiled, SpoiledPrefill
-from tests.prefill_cases import PrefillCase, prefill_targets
+from tests.prefill_cases import PrefillCase
 from tests.targets import Target
 
 RAGGED = Case((33, 70, 5), heads=3, query_lens=(2, 4, 3), max_query_len=4, padding=1)
-
-
-@pytest.fixture(scope="session", params=prefill_targets(), ids=str)
-def prefill_target(request: pytest.FixtureRequest) -> Target:
-    """Every backend that serves prefill, on every device of this machine."""
-    value: Target = request.param
-    return value
 
 
 def solve(target: Target, case: Case, request: int, back: int, cache: str, name: str) -> None:

@@ -22,7 +22,6 @@ from portable_mla import (
     rope_table,
     write_latent,
 )
-from tests.prefill_cases import prefill_targets
 from tests.targets import Target, local_targets
 
 HEADS, LATENT, ROPE, PAGE = 16, 512, 64, 64
@@ -44,13 +43,6 @@ def assert_nothing_seen(out: Tensor, lse: Tensor, shape: tuple[int, ...]) -> Non
     assert lse.shape == shape[:2]
     assert not bool(out.any())
     assert bool((lse == -torch.inf).all())
-
-
-@pytest.fixture(scope="session", params=prefill_targets(), ids=str)
-def prefill_target(request: pytest.FixtureRequest) -> Target:
-    """Every backend that serves prefill, on every device of this machine."""
-    value: Target = request.param
-    return value
 
 
 # requests, width of the table, pages of the cache, query tokens

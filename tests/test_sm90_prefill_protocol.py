@@ -110,10 +110,15 @@ def load_values(room: Room, items: list[int]) -> Role:
         yield from room.meet("load_values", f"free_values{stage}", LOADER)
 
 
+def warps(room: Room, items: list[int]) -> list[Role]:
+    """All of a program."""
+    return [attend(room, items, 0), attend(room, items, 1), load_keys(room, items), load_values(room, items)]
+
+
 def prefill(rng: random.Random, items: list[int], fault: str = "") -> None:
     """One interleaving of a program's warps."""
     room = Room(SIZES, fault)
-    play(rng, room, [attend(room, items, 0), attend(room, items, 1), load_keys(room, items), load_values(room, items)])
+    play(rng, room, warps(room, items))
 
 
 def test_no_interleaving_deadlocks_or_races() -> None:
@@ -147,5 +152,4 @@ def test_a_seeded_fault_is_in_some_interleaving(fault: str) -> None:
 def play_every(items: list[int], fault: str = "") -> int:
     """States of all interleavings."""
     room = Room(SIZES, fault)
-    warps = [attend(room, items, 0), attend(room, items, 1)]
-    return play_all(room, [*warps, load_keys(room, items), load_values(room, items)])
+    return play_all(room, warps(room, items))

@@ -221,13 +221,18 @@ def load_right(room: Room, items: list[int]) -> Role:
             yield from room.meet("load_right", barrier, LOADER)
 
 
+def warps(room: Room, items: list[int], rope: bool, zeroes: Sequence[bool]) -> list[Role]:
+    """All of a program."""
+    both = [left(room, items, rope), right(room, items, rope, zeroes)]
+    return [*both, load_left(room, items, rope), load_right(room, items)]
+
+
 def decode(rng: random.Random, items: list[int], fault: str = "") -> None:
     """One interleaving of a part's warps."""
     room = Room(SIZES, fault)
     rope = rng.random() < 0.7
     zeroes = [rng.random() < 0.5 for _ in items]
-    warps = [left(room, items, rope), right(room, items, rope, zeroes)]
-    play(rng, room, [*warps, load_left(room, items, rope), load_right(room, items)])
+    play(rng, room, warps(room, items, rope, zeroes))
 
 
 def shapes(rng: random.Random) -> list[int]:
@@ -268,5 +273,4 @@ def test_a_seeded_fault_is_in_some_interleaving(fault: str) -> None:
 def play_every(items: list[int], fault: str = "", *, rope: bool = True) -> int:
     """States of all interleavings, with tails that are zeroed."""
     room = Room(SIZES, fault)
-    warps = [left(room, items, rope), right(room, items, rope, [True] * len(items))]
-    return play_all(room, [*warps, load_left(room, items, rope), load_right(room, items)])
+    return play_all(room, warps(room, items, rope, [True] * len(items)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from portable_mla.backend import DecodeInputs
 from portable_mla.backends.triton.runner import TritonRunner
 from portable_mla.backends.triton.tile import Tile
+from portable_mla.device import is_capturing
 from portable_mla.errors import GraphCaptureError
 from portable_mla.metadata import DecodeMetadata
 from portable_mla.metadata.split_plan import SplitPlan
@@ -40,7 +40,7 @@ class PortablePath:
         """Attend once, and plan the step first where that was not done yet."""
         pages = inputs.kv_cache.shape[0]
         if not self._current or pages < self._pages:
-            if inputs.q.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_capturing(inputs.q):
                 raise GraphCaptureError(
                     f"kv_cache of {pages} pages with strides {inputs.kv_cache.stride()} at address "
                     f"{inputs.kv_cache.data_ptr():#x} needs the portable kernels, which were not planned for such a "

@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from portable_mla.backend import PrefillInputs
 from portable_mla.backends.nvidia.sm90_prefill_kernels import sm90_prefill_kernel
+from portable_mla.device import is_capturing
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.shape import Request
 
@@ -106,7 +107,7 @@ class Sm90PrefillRunner:
         if self._counter is not None:
             return self._counter
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not is_capturing(q):
             self._counter = counter
         return counter
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from portable_mla.device import is_capturing
 from portable_mla.errors import GraphCaptureError
 from portable_mla.launch import KernelLaunch, alignment
 from portable_mla.metadata import DecodeMetadata, Status
@@ -111,7 +112,7 @@ class Step:
         """
         if self._uniform or q.shape[0] == self._tokens:
             return False
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(q):
             raise GraphCaptureError(
                 f"a captured call of a ragged batch needs q of max_query_tokens {self._tokens} rows, padded, "
                 f"got {q.shape[0]}"

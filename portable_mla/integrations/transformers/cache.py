@@ -180,7 +180,7 @@ class LatentCache(Cache):
         if any(old and new != n for old, new in zip(before, lens, strict=True)):
             raise ValueError(f"attention_mask: expected {n} new tokens of each request that has any, got {lens}")
         size = self._page_size
-        _check_room(paged, sum(-(-after // size) + old // -size for after, old in zip(kv_lens, before, strict=True)))
+        paged.pool.check_free(sum(-(-after // size) + old // -size for after, old in zip(kv_lens, before, strict=True)))
         if not self._requests:
             self._requests = [next(self._names) for _ in kv_lens]
             for name in self._requests:
@@ -221,7 +221,7 @@ class LatentCache(Cache):
         if self._paged is None or list(rows) == list(range(len(self._requests))):
             return
         paged, old = self._paged, self._requests
-        _check_room(paged, sum(len(paged.pool.pages(old[row])) for row in rows))
+        paged.pool.check_free(sum(len(paged.pool.pages(old[row])) for row in rows))
         kept = [next(self._names) for _ in rows]
         for name, row in zip(kept, rows, strict=True):
             paged.allocate(name, paged.pool.kv_len(old[row]))
@@ -255,13 +255,6 @@ class LatentCache(Cache):
         layers: list[Any] = self.layers
         for layer in layers:
             layer.seen = 0
-
-
-def _check_room(paged: PagedLatentCache, needed: int) -> None:
-    """Raise CacheFull before anything is changed."""
-    pool = paged.pool
-    if needed > pool.free_pages:
-        raise CacheFull(needed, pool.free_pages, pool.total)
 
 
 def up_projections(module: Any, heads: int) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,8 @@ def padding_of(mask: Tensor, n: int, total: int) -> list[int]:
         raise ValueError(f"attention_mask: expected [batch, 1, {n}, {total}], got {list(mask.shape)}")
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     padding = total - seen[:, -1].sum(-1)
-    key, query = (
-        torch.arange(total, device=mask.device, dtype=torch.int64),
-        torch.arange(total - n, total, device=mask.device, dtype=torch.int64),
-    )
+    key = torch.arange(total, device=mask.device, dtype=torch.int64)
+    query = key[total - n :]
     causal = (key >= padding[:, None, None]) & (key <= query[:, None])
     real = query >= padding[:, None]
     wrong = ((seen != causal).any(-1) & real).any(-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from portable_mla.absorption import absorb, expand
+from portable_mla.device import is_capturing
 from portable_mla.integrations.transformers.attention import (
     NAME,
     check_latents,
@@ -52,7 +53,7 @@ def attend_paged(
     refuse_keywords({name: value for name, value in keywords.items() if name != "dropout"}, *_KNOWN)
     if keywords.get("dropout") or attention_mask is not None:
         raise NotImplementedError(f"{PAGED_NAME}: expected no dropout and no mask")
-    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(query):
         raise NotImplementedError(f"{PAGED_NAME}: a step's lengths are read on the host; pass use_cuda_graph=False")
     check_latents(module, key)
     scale = softmax_scale_of(module, scaling)

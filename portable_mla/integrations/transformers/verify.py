@@ -75,9 +75,8 @@ def check_modules(model: nn.Module, modules: dict[str, Any], recorded: Recorded)
 
 def _forward(model: Any) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(_BATCH * _TOKENS, device=model.device, dtype=torch.int64) * 7 + 1).view(
-        _BATCH, _TOKENS
-    ) % vocabulary
+    token = torch.arange(_BATCH * _TOKENS, device=model.device, dtype=torch.int64).view(_BATCH, _TOKENS)
+    ids = (token * 7 + 1) % vocabulary
     was_training = model.training
     model.eval()
     try:
