@@ -1,5 +1,5 @@
-"""A model of what a Hopper kernel's warps share: named barriers, mbarriers and buffers, played in random interleavings,
-or in all of them.
+"""What a Hopper kernel's warps share, as data: each warp's role is a list of operations on named barriers, mbarriers
+and buffers; `play` runs the roles in one random interleaving, tests/barrier_search.py in all of them.
 
 A named barrier opens at its number of arrivals; on hardware an arrival too many lets a later generation through, so the
 model forbids it.
@@ -9,194 +9,207 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from copy import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 COMPUTE, LOADER = 128, 32
-Step = Callable[[], bool]  # does one step and says so, or says that it must wait
-Role = Generator[Step, None, None]
 
 
 class Fault(Exception):
     """What the model caught."""
 
 
+@dataclass(frozen=True)
+class Op:
+    """One step of a warp or warpgroup. kind: a key of `SYNCHRONIZES`; target: a named barrier or a buffer."""
+
+    kind: str
+    target: str = ""
+    content: object = None
+    number: int = 0  # of a barrier: threads that arrive; of a wait: the load that it waits for
+    masked: bool = False  # what it reads behind the keys does not count
+
+
+Role = Iterator[Op]
+# Whether other warps can tell the operation from the accesses around it.
+SYNCHRONIZES = {
+    "arrive": True, "meet": True, "wait": True, "load": True, "complete": True,
+    "begin": False, "end": False, "write": False, "rewrite": False, "fence": False, "synchronize": False,
+}  # fmt: skip
+
+
+def arrive(barrier: str, threads: int = COMPUTE) -> Op:
+    """Arrive at a named barrier; never waits."""
+    return Op("arrive", barrier, None, threads)
+
+
+def meet(barrier: str, threads: int = COMPUTE) -> Op:
+    """Arrive at a named barrier and wait for the others."""
+    return Op("meet", barrier, None, threads)
+
+
+def wait(buffer: str, count: int) -> Op:
+    """An mbarrier wait for the `count`th load of a buffer."""
+    return Op("wait", buffer, None, count)
+
+
+def load(buffer: str, content: object) -> Op:
+    """The TMA starts: nobody may be using the buffer."""
+    return Op("load", buffer, content)
+
+
+def complete(buffer: str) -> Op:
+    """An mbarrier's phase that ends without a load."""
+    return Op("complete", buffer)
+
+
+def begin(buffer: str, content: object) -> Op:
+    """A wgmma or a load from shared memory starts. content None: whatever the buffer holds."""
+    return Op("begin", buffer, content)
+
+
+def begin_scores(buffer: str, content: object) -> Op:
+    """Products with keys start, whose scores behind the last key are masked."""
+    return Op("begin", buffer, content, masked=True)
+
+
+def end(buffer: str) -> Op:
+    """It has been waited for."""
+    return Op("end", buffer)
+
+
+def write(buffer: str, content: object) -> Op:
+    """A store by a warpgroup."""
+    return Op("write", buffer, content)
+
+
+def rewrite(buffer: str, content: object) -> Op:
+    """A store of zeros behind the keys, and of what is there ahead of it. Of those that read meanwhile, each must have
+    stored the same before, or mask."""
+    return Op("rewrite", buffer, content)
+
+
+def fence() -> Op:
+    """A thread's stores become visible to wgmma and the TMA."""
+    return Op("fence")
+
+
+def synchronize() -> Op:
+    """A role's own threads wait for one another."""
+    return Op("synchronize")
+
+
 @dataclass
-class Room:
+class Shared:
     """Named barriers, mbarriers and the buffers: who is using each, and what it holds."""
 
     sizes: Mapping[str, int]  # arrivals at which a named barrier opens
-    fault: str = ""
     arrived: Counter[str] = field(default_factory=Counter)
     opened: Counter[str] = field(default_factory=Counter)
-    met: Counter[tuple[str, str]] = field(default_factory=Counter)
-    joined: dict[tuple[str, str], int] = field(default_factory=dict)  # how often a barrier had opened when one waited
+    met: dict[int, tuple[str, int]] = field(default_factory=dict)  # role: barrier, generation
     landed: Counter[str] = field(default_factory=Counter)
     holds: dict[str, object] = field(default_factory=dict)
-    readers: Counter[str] = field(default_factory=Counter)
-    transfers: list[tuple[str, object]] = field(default_factory=list)
+    readers: dict[str, list[tuple[int, bool]]] = field(default_factory=dict)  # roles, whether they mask
+    rewrote: set[tuple[str, object, int]] = field(default_factory=set)
+    transfers: list[Op] = field(default_factory=list)
 
-    def arrive(self, barrier: str, threads: int = COMPUTE) -> Step:
-        """Never waits. Threads that sync count as arrived only when all the others have."""
+    def step(self, role: int, op: Op) -> bool:
+        """Does one operation and says so, or says that it must wait."""
+        if op.kind == "wait":
+            if self.landed[op.target] > op.number:
+                raise Fault(f"{op.target}: a phase was slept through")
+            return self.landed[op.target] == op.number
+        if op.kind == "meet":
+            return self._meet(role, op)
+        if op.kind == "arrive":
+            self._count(op)
+        elif op.kind in ("load", "complete"):
+            self._start(op)
+        elif op.kind not in ("fence", "synchronize"):
+            self._access(role, op)
+        return True
 
-        def step() -> bool:
-            self.arrived[barrier] += threads
-            waiting = self.met_waiting(barrier)
-            if self.arrived[barrier] + waiting > self.sizes[barrier]:
-                raise Fault(f"{barrier}: an arrival too many")
-            if self.arrived[barrier] + waiting == self.sizes[barrier]:
-                self.arrived[barrier] = 0
-                self.opened[barrier] += 1
-            return True
+    def land(self, transfer: Op) -> None:
+        """A transfer has ended."""
+        self.transfers.remove(transfer)
+        if transfer.kind == "load":
+            self.holds[transfer.target] = transfer.content
+        self.landed[transfer.target] += 1
 
-        return step
+    def _meet(self, role: int, op: Op) -> bool:
+        if role not in self.met:
+            self.met[role] = (op.target, self.opened[op.target])
+            self._count(op)
+            return False
+        barrier, generation = self.met[role]
+        if self.opened[barrier] == generation:
+            return False
+        del self.met[role]
+        return True
 
-    def met_waiting(self, barrier: str) -> int:
-        """Threads that wait in a sync of this generation."""
-        return sum(threads for (name, _), threads in self.met.items() if name == barrier)
+    def _count(self, op: Op) -> None:
+        self.arrived[op.target] += op.number
+        if self.arrived[op.target] > self.sizes[op.target]:
+            raise Fault(f"{op.target}: an arrival too many")
+        if self.arrived[op.target] == self.sizes[op.target]:
+            self.arrived[op.target] = 0
+            self.opened[op.target] += 1
 
-    def meet(self, who: str, barrier: str, threads: int) -> Generator[Step, None, None]:
-        """Arrive and wait."""
+    def _start(self, op: Op) -> None:
+        if op.kind == "load":
+            if self.readers.get(op.target):
+                raise Fault(f"{op.target}: loaded while it is read")
+            self.holds[op.target] = None
+        self.transfers.append(op)
 
-        def join() -> bool:
-            self.joined[barrier, who] = self.opened[barrier]
-            self.met[barrier, who] = threads
-            if self.arrived[barrier] + self.met_waiting(barrier) > self.sizes[barrier]:
-                raise Fault(f"{barrier}: an arrival too many")
-            if self.arrived[barrier] + self.met_waiting(barrier) == self.sizes[barrier]:
-                self.arrived[barrier] = 0
-                self.opened[barrier] += 1
-            return True
-
-        def leave() -> bool:
-            if self.opened[barrier] == self.joined[barrier, who]:
-                return False
-            del self.met[barrier, who], self.joined[barrier, who]
-            return True
-
-        yield join
-        yield leave
-
-    def load(self, buffer: str, content: object) -> Step:
-        """The TMA starts: nobody may be reading."""
-
-        def step() -> bool:
-            if self.readers[buffer]:
-                raise Fault(f"{buffer}: loaded while it is read")
-            self.holds[buffer] = None
-            self.transfers.append((buffer, content))
-            return True
-
-        return step
-
-    def wait(self, buffer: str, count: int) -> Step:
-        """An mbarrier wait for the `count`th load."""
-        return lambda: self.landed[buffer] >= count
-
-    def write(self, buffer: str, content: object) -> Step:
-        """A store by a warpgroup."""
-
-        def step() -> bool:
-            if self.readers[buffer]:
-                raise Fault(f"{buffer}: written while it is read")
-            self.holds[buffer] = content
-            return True
-
-        return step
-
-    def begin(self, buffer: str, content: object) -> Step:
-        """A wgmma or a load from shared memory starts."""
-
-        def step() -> bool:
-            if self.holds.get(buffer) != content:
-                raise Fault(f"{buffer}: read {self.holds.get(buffer)} for {content}")
-            self.readers[buffer] += 1
-            return True
-
-        return step
-
-    def end(self, buffer: str) -> Step:
-        """It has been waited for."""
-
-        def step() -> bool:
-            self.readers[buffer] -= 1
-            return True
-
-        return step
-
-    def awake(self, buffer: str, count: int) -> Step:
-        """A wait that must not sleep through a phase, for the next one would look like the one before."""
-
-        def step() -> bool:
-            if self.landed[buffer] > count:
-                raise Fault(f"{buffer}: a phase was slept through")
-            return True
-
-        return step
-
-    def land(self, index: int) -> None:
-        """A transfer ends."""
-        buffer, content = self.transfers.pop(index)
-        self.holds[buffer] = content
-        self.landed[buffer] += 1
-
-    def copy(self) -> dict[str, Any]:
-        """All that changes."""
-        return {name: copy(value) for name, value in vars(self).items() if name not in ("sizes", "fault")}
-
-    def finish(self) -> None:
-        """Nobody runs any more."""
-        if any(self.arrived.values()):
-            raise Fault(f"arrivals that nobody met: {dict(self.arrived)}")
+    def _access(self, role: int, op: Op) -> None:
+        readers = self.readers.setdefault(op.target, [])
+        if op.kind == "end":
+            readers.remove(next(reader for reader in readers if reader[0] == role))
+            return
+        if op.kind == "write":
+            if readers:
+                raise Fault(f"{op.target}: written while it is read")
+            self.holds[op.target] = op.content
+            return
+        if op.content is not None and self.holds.get(op.target) != op.content:
+            raise Fault(f"{op.target}: found {self.holds.get(op.target)} for {op.content}")
+        if op.kind == "begin":
+            readers.append((role, op.masked))
+            return
+        if any(not masked and (op.target, op.content, reader) not in self.rewrote for reader, masked in readers):
+            raise Fault(f"{op.target}: rewritten while one reads it that has not rewritten it")
+        self.rewrote.add((op.target, op.content, role))
 
 
-def play(rng: random.Random, room: Room, roles: Sequence[Role]) -> None:
+def play(rng: random.Random, sizes: Mapping[str, int], roles: Sequence[Role]) -> None:
     """One interleaving; each role has its own pace, so that one may run far ahead of another."""
-    steps: list[Step | None] = [next(role, None) for role in roles]
+    shared = Shared(sizes)
+    ops = [next(role, None) for role in roles]
     pace = [rng.choice((1, 4, 30)) for _ in roles]
-    while any(steps) or room.transfers:
-        ready = [index for index, step in enumerate(steps) if step]
-        while ready:
-            index = rng.choices(ready, [pace[index] for index in ready])[0]
-            step = steps[index]
-            if step is not None and step():
-                steps[index] = next(roles[index], None)
-                break
-            ready.remove(index)
-        if room.transfers and (not ready or rng.random() < 0.3):
-            room.land(rng.randrange(len(room.transfers)))
-        elif not ready:
+    while any(ops) or shared.transfers:
+        moved = _advance(rng, shared, roles, ops, pace)
+        if shared.transfers and (not moved or rng.random() < 0.3):
+            shared.land(rng.choice(shared.transfers))
+        elif not moved:
             raise Fault("deadlock")
-    room.finish()
+    if any(shared.arrived.values()):
+        raise Fault(f"arrivals that nobody met: {dict(shared.arrived)}")
 
 
-def play_all(room: Room, roles: Sequence[Role]) -> int:
-    """Every interleaving of roles whose steps are the same in each; how many states there are."""
-    steps = [list(role) for role in roles]
-    seen = set()
-    pending: list[tuple[tuple[int, ...], dict[str, Any]]] = [((0,) * len(steps), room.copy())]
-    while pending:
-        at, state = pending.pop()
-        moves = 0
-        for index in range(len(steps) + len(state["transfers"])):
-            vars(room).update({name: copy(value) for name, value in state.items()})
-            after = at
-            if index >= len(steps):
-                room.land(index - len(steps))
-            elif at[index] < len(steps[index]) and steps[index][at[index]]():
-                after = (*at[:index], at[index] + 1, *at[index + 1 :])
-            else:
-                continue
-            moves += 1
-            key = (after, tuple(sorted(map(repr, room.transfers))), tuple(sorted(room.joined.items())))
-            if key not in seen:
-                seen.add(key)
-                pending.append((after, room.copy()))
-        if not moves:
-            vars(room).update(state)
-            if any(position < len(one) for position, one in zip(at, steps, strict=True)):
-                raise Fault("deadlock")
-            room.finish()
-    return len(seen)
+def _advance(
+    rng: random.Random, shared: Shared, roles: Sequence[Role], ops: list[Op | None], pace: Sequence[int]
+) -> bool:
+    """One step of some role that can do one; false where none can."""
+    ready = [index for index, op in enumerate(ops) if op]
+    while ready:
+        index = rng.choices(ready, [pace[index] for index in ready])[0]
+        op = ops[index]
+        joins = op is not None and op.kind == "meet" and index not in shared.met
+        if op is not None and shared.step(index, op):
+            ops[index] = next(roles[index], None)
+            return True
+        if joins:
+            return True
+        ready.remove(index)
+    return False

@@ -1,155 +1,104 @@
-"""A model of the sm90 prefill kernel's barriers: no interleaving of its warps deadlocks, over-arrives at a named
-barrier or touches shared memory that another warp is still reading or writing; and the model notices seeded faults.
-
-Each role is a generator that follows its function in sm90_prefill_kernels.py or sm90_prefill_load_kernels.py.
-"""
+"""The sm90 prefill kernel's barriers: no interleaving of its warps deadlocks, over-arrives at a named barrier or
+touches shared memory that another warp is still reading or writing; the model notices seeded faults; and the kernel's
+own source does what the model does, so that no call of its can be left out or exchanged."""
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a Triton with Gluon")
 
-from portable_mla.backends.nvidia.sm90_prefill_room_kernels import ITEM_SLOTS
-from tests.barrier_model import COMPUTE, LOADER, Fault, Role, Room, play, play_all
+from tests.barrier_model import Fault, play
+from tests.barrier_search import Search
+from tests.kernel_source import Files
+from tests.kernel_trace import (
+    Changed,
+    Segment,
+    normal_form,
+    with_calls_exchanged,
+    with_parity,
+    with_sizes,
+    without_each_call,
+)
+from tests.sm90_prefill_trace import BARRIERS, FILES, trace
+from tests.sm90_prefill_twin import SIZES, Queue
 
-STAGES = ("0", "1")
-SIZES = {f"free_{name}{stage}": 288 for name in ("keys", "values") for stage in STAGES} | {
-    "free_query0": 192, "free_query1": 160, "turn0": 256, "turn1": 256
-}  # fmt: skip
-
-
-def item_slots(room: Room) -> int:
-    """Items that are kept: a warpgroup may be an item behind the other."""
-    return 1 if room.fault == "one slot" else ITEM_SLOTS.value
-
-
-def attend(room: Room, items: list[int], warpgroup: int) -> Role:
-    """attend_items: `items` holds blocks. A product reads its buffers from `begin` to `end`."""
-    me, other = str(warpgroup), str(1 - warpgroup)
-    who, query = f"warpgroup{me}", f"query{me}"
-    used = 0
-    if warpgroup == 1:
-        yield room.arrive("turn0")
-    for item, blocks in enumerate(items):
-        yield room.wait(query, item + 1)
-        slot = f"item{item % item_slots(room)}"
-        yield room.begin(slot, item)
-        yield room.end(slot)
-        for block in range(blocks):
-            stage, before = str(used % 2), str((used - 1) % 2)
-            yield room.wait(f"keys{stage}", used // 2 + 1)
-            if block:
-                yield from room.meet(who, f"turn{me}", COMPUTE)
-            yield room.begin(query, item)
-            yield room.begin(f"keys{stage}", used)
-            if block:
-                yield room.wait(f"values{before}", (used - 1) // 2 + 1)
-                yield room.begin(f"values{before}", used - 1)
-                yield room.arrive(f"turn{other}")
-            if room.fault == "early release":
-                yield room.arrive(f"free_keys{stage}")
-            yield room.end(query)
-            yield room.end(f"keys{stage}")
-            if room.fault != "early release":
-                yield room.arrive(f"free_keys{stage}")
-            if block == blocks - 1:
-                yield room.arrive(f"free_query{me}")
-            if block:
-                yield room.end(f"values{before}")
-                yield room.arrive(f"free_values{before}")
-            used += 1
-        last = str((used - 1) % 2)
-        yield room.wait(f"values{last}", (used - 1) // 2 + 1)
-        yield room.begin(f"values{last}", used - 1)
-        yield room.end(f"values{last}")
-        yield room.arrive(f"free_values{last}")
-    if warpgroup == 0 and room.fault != "turn left":
-        yield from room.meet(who, "turn0", COMPUTE)
+BOTH = (False, True)
+ROLES = range(4)
+CASES = [
+    (Queue(some, [tail] * len(some), suspect and causal, ahead), late, causal, suspect)
+    for some in ([], [1], [2, 1], [1, 4, 2])
+    for tail, late, ahead, causal, suspect in itertools.product(BOTH, repeat=5)
+]
+LONGEST = CASES[-32:]
 
 
-def load_keys(room: Room, items: list[int]) -> Role:
-    """load_queries_and_keys."""
-    used = 0
-    for item, blocks in enumerate(items):
-        for block in range(blocks):
-            stage = str(used % 2)
-            if used > 1:
-                yield from room.meet("loader", f"free_keys{stage}", LOADER)
-            yield room.load(f"keys{stage}", used)
-            for half in ("0", "1") if block == 0 else ():
-                if item:
-                    yield from room.meet("loader", f"free_query{half}", LOADER)
-                if half == "0":
-                    yield room.write(f"item{item % item_slots(room)}", item)
-                yield room.load(f"query{half}", item)
-            used += 1
-    for barrier in ("free_query0", "free_query1", *(f"free_keys{stage}" for stage in STAGES[:used])) if used else ():
-        yield from room.meet("loader", barrier, LOADER)
+def of_the_model(work: Queue, role: int) -> list[Segment]:
+    return normal_form(with_sizes(with_parity(work.roles()[role]), SIZES))
 
 
-def load_values(room: Room, items: list[int]) -> Role:
-    """load_values. Its wait for Q must not sleep through a phase, for the next one would look like the one before."""
-    used = 0
-    for item, blocks in enumerate(items):
-        yield room.wait("query0", item + 1)
-        yield room.awake("query0", item + 1)
-        slot = f"item{item % item_slots(room)}"
-        yield room.begin(slot, item)
-        yield room.end(slot)
-        yield room.arrive("free_query0", LOADER)
-        for _ in range(blocks):
-            stage = str(used % 2)
-            if used > 1:
-                yield from room.meet("load_values", f"free_values{stage}", LOADER)
-            yield room.load(f"values{stage}", used)
-            used += 1
-    for stage in STAGES[:used]:
-        yield from room.meet("load_values", f"free_values{stage}", LOADER)
+def follow(case: tuple[Queue, bool, bool, bool], role: int, files: Files = FILES) -> list[Segment]:
+    work, late, causal, suspect = case
+    return normal_form(trace(work, role, files, late=late, causal=causal, suspect=suspect))
 
 
-def warps(room: Room, items: list[int]) -> list[Role]:
-    """All of a program."""
-    return [attend(room, items, 0), attend(room, items, 1), load_keys(room, items), load_values(room, items)]
-
-
-def prefill(rng: random.Random, items: list[int], fault: str = "") -> None:
-    """One interleaving of a program's warps."""
-    room = Room(SIZES, fault)
-    play(rng, room, warps(room, items))
-
-
-def test_no_interleaving_deadlocks_or_races() -> None:
-    for seed in range(1500):
-        rng = random.Random(seed)
-        prefill(rng, [rng.choice((1, 1, 1, 2, 3, 5)) for _ in range(rng.randint(0, 6))])
-
-
-@pytest.mark.parametrize("fault", ["early release", "turn left", "one slot"])
-def test_a_seeded_fault_is_caught(fault: str) -> None:
-    caught = 0
-    for seed in range(300):
+def follows(files: Files) -> bool:
+    """Whether the source does what the model does in every role."""
+    for case, role in itertools.product(LONGEST, ROLES):
         try:
-            prefill(random.Random(seed), [3, 1, 3, 1, 1, 1], fault)
-        except Fault:
-            caught += 1
-    assert caught, f"{fault} went unnoticed"
+            if follow(case, role, files) != of_the_model(case[0], role):
+                return False
+        except AssertionError:
+            return False
+    return True
 
 
-@pytest.mark.parametrize("items", [[1], [2], [3]], ids=str)
-def test_no_interleaving_at_all_of_an_item(items: list[int]) -> None:
-    assert play_every(items) > 1000
+@pytest.mark.parametrize("role", ROLES)
+def test_the_kernel_does_what_the_model_does(role: int) -> None:
+    for case in CASES:
+        assert follow(case, role) == of_the_model(case[0], role), case
+
+
+@pytest.mark.parametrize("change", [without_each_call, with_calls_exchanged])
+def test_no_call_of_the_kernel_can_be_left_out_or_exchanged(change: Callable[[Files], Changed]) -> None:
+    assert [place for place, files in change(FILES) if follows(files)] == []
+
+
+def test_named_barriers_have_numbers_that_triton_does_not_use() -> None:
+    assert set(BARRIERS.values()) == set(SIZES)
+    assert all(6 < number < 15 for number in BARRIERS)
+
+
+def test_no_interleaving_of_small_items_deadlocks_or_races() -> None:
+    for count in (0, 1, 2):
+        for blocks in itertools.product((1, 2, 3), repeat=count):
+            for tail, suspect, ahead in itertools.product(BOTH, repeat=3):
+                Search(SIZES, Queue(blocks, [tail] * count, suspect, ahead).roles()).explore()
+
+
+def test_no_random_interleaving_deadlocks_or_races() -> None:
+    for seed in range(1000):
+        rng = random.Random(seed)
+        blocks = [rng.choice((1, 1, 1, 2, 3, 5)) for _ in range(rng.randint(0, 6))]
+        tails, suspect, ahead = [rng.random() < 0.5 for _ in blocks], rng.random() < 0.5, rng.random() < 0.5
+        play(rng, SIZES, Queue(blocks, tails, suspect, ahead).roles())
+
+
+@pytest.mark.parametrize("ahead", BOTH)
+@pytest.mark.parametrize("suspect", BOTH)
+def test_items_wait_for_whoever_still_reads_them(suspect: bool, ahead: bool) -> None:
+    blocks, tails = [1] * 6, [True] * 6
+    Search(SIZES, Queue(blocks, tails, suspect, ahead).roles()).explore()
+    with pytest.raises(Fault, match="item"):
+        Search(SIZES, Queue(blocks, tails, suspect, ahead, slots=2 if suspect else 1).roles()).explore()
 
 
 @pytest.mark.parametrize("fault", ["early release", "turn left"])
 def test_a_seeded_fault_is_in_some_interleaving(fault: str) -> None:
+    work = Queue([3, 1, 1, 1], [False] * 4, fault=fault)
     with pytest.raises(Fault):
-        play_every([3], fault)
-
-
-def play_every(items: list[int], fault: str = "") -> int:
-    """States of all interleavings."""
-    room = Room(SIZES, fault)
-    return play_all(room, warps(room, items))
+        Search(SIZES, work.roles()).explore()
