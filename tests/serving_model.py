@@ -8,23 +8,32 @@ from typing import ClassVar
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from torch import Tensor
 
 from portable_mla import MLAAttention, PagedBatch, Settings
 from tests import acceptance
 from tests.cases import Problem
-from tests.serving_engine import CAPACITY, SHAPE, Engine, Form, Result, Step
+from tests.serving_engine import LONGEST, MAX_BATCH, MODELS, Engine, Form, Model, Result, Step
 from tests.targets import Target
 from tests.test_graph import no_sync
 
 kv_lens = st.one_of(st.sampled_from((0, 1, 15, 16, 17, 64, 65, 129, 513, 1100)), st.integers(0, 150))
-query_lens = st.integers(0, CAPACITY.max_query_len)
+query_lens = st.one_of(st.integers(0, 4), st.integers(0, 24))
 picks = st.integers(0, 2**16)
+forms = st.builds(
+    Form,
+    uniform=st.sampled_from((0, 0, 1, LONGEST)),
+    tight=st.booleans(),
+    padding=st.integers(0, 3),
+    spare_columns=st.integers(0, 3),
+    positions=st.sampled_from((None, torch.int32, torch.int64)),
+    backwards=st.booleans(),
+)
 
 
-def empty_result(q: Tensor) -> Result:
+def empty_result(problem: Problem) -> Result:
     """out and lse full of NaN."""
-    out = torch.full((*q.shape[:2], SHAPE.latent_dim), torch.nan, dtype=q.dtype, device=q.device)
+    q = problem.q
+    out = torch.full((*q.shape[:2], problem.latent_dim), torch.nan, dtype=q.dtype, device=q.device)
     return out, torch.full(q.shape[:2], torch.nan, dtype=torch.float32, device=q.device)
 
 
@@ -41,23 +50,28 @@ class Serving(RuleBasedStateMachine):
     target: ClassVar[Target]
     attention: ClassVar[type[MLAAttention]] = MLAAttention
     covered: ClassVar[set[str]]
+    models: ClassVar[tuple[Model, ...]] = MODELS
     engine: Engine
+    usual: MLAAttention
+    deterministic: MLAAttention
+    fresh: MLAAttention
+    held: dict[MLAAttention, tuple[dict[str, list[int]], dict[str, int]]]
+    active: MLAAttention
 
     def __init__(self) -> None:
         super().__init__()
         self.on_gpu = self.target.device != "cpu"
         self.in_graphs = self.target.has_kernels
-        self.usual, self.deterministic = self.build(), self.build(deterministic=True)
-        self.fresh = self.build(persistent_metadata=False)
-        self.held = {attention: held_by(attention) for attention in (self.usual, self.deterministic)}
-        self.active = self.usual
         self.step: Step | None = None
 
-    def build(self, *, deterministic: bool = False, persistent_metadata: bool = True) -> MLAAttention:
-        """An attention of the target."""
+    def build(
+        self, model: Model | None = None, *, deterministic: bool = False, persistent_metadata: bool = True
+    ) -> MLAAttention:
+        """An attention of the target, for the engine's model or another one."""
+        model = model or self.engine.model
         return self.attention(
-            SHAPE,
-            CAPACITY,
+            model.shape,
+            model.capacity,
             device=self.target.device,
             uniform_queries=False,
             deterministic=deterministic,
@@ -82,7 +96,7 @@ class Serving(RuleBasedStateMachine):
 
     def call(self, attention: MLAAttention, problem: Problem) -> Result:
         """Run the planned step into results full of NaN."""
-        out, lse = empty_result(problem.q)
+        out, lse = empty_result(problem)
         with self.no_wait():
             attention(problem.q, problem.kv_cache, out, lse, softmax_scale=problem.softmax_scale)
         return out, lse
@@ -108,14 +122,18 @@ class Serving(RuleBasedStateMachine):
     # Requests
 
     @initialize(
-        seed=st.integers(0, 2**32), requests=st.lists(st.tuples(kv_lens, query_lens), max_size=CAPACITY.max_batch)
+        model=picks, seed=st.integers(0, 2**32), requests=st.lists(st.tuples(kv_lens, query_lens), max_size=MAX_BATCH)
     )
-    def the_engine_starts(self, seed: int, requests: list[tuple[int, int]]) -> None:
-        self.engine = Engine(self.target.device, seed)
+    def the_engine_starts(self, model: int, seed: int, requests: list[tuple[int, int]]) -> None:
+        self.engine = Engine(self.models[model % len(self.models)], self.target.device, seed)
+        self.usual, self.deterministic = self.build(), self.build(deterministic=True)
+        self.fresh = self.build(persistent_metadata=False)
+        self.held = {attention: held_by(attention) for attention in (self.usual, self.deterministic)}
+        self.active = self.usual
         for kv_len, query_len in requests:
             self.engine.add(kv_len, query_len)
 
-    @precondition(lambda self: len(self.engine.query_lens) < CAPACITY.max_batch)
+    @precondition(lambda self: len(self.engine.query_lens) < MAX_BATCH)
     @rule(kv_len=kv_lens, query_len=query_lens)
     def a_request_arrives(self, kv_len: int, query_len: int) -> None:
         self.engine.add(kv_len, query_len)
@@ -133,10 +151,22 @@ class Serving(RuleBasedStateMachine):
         self.engine.extend(pick % len(self.engine.query_lens), tokens)
         self.step = None
 
-    @rule(lens=st.lists(query_lens, min_size=CAPACITY.max_batch, max_size=CAPACITY.max_batch))
+    @rule(lens=st.lists(query_lens, min_size=MAX_BATCH, max_size=MAX_BATCH))
     def the_mix_of_query_lengths_changes(self, lens: list[int]) -> None:
-        self.engine.query_lens.update(zip(self.engine.query_lens, lens, strict=False))
+        self.engine.mix(lens)
         self.step = None
+
+    @rule(pick=picks, form=forms)
+    def another_model_is_served_between(self, pick: int, form: Form) -> None:
+        others = [model for model in self.models if model != self.engine.model]
+        if not others:
+            return
+        other = Engine(others[pick % len(others)], self.target.device, pick)
+        for index in range(pick % MAX_BATCH + 1):
+            other.add(pick % 150 + 64 * index, 1 + index)
+        step = other.step(form)
+        self.check(step.problem, self.serve(self.build(other.model), step))
+        self.covered.add("two models")
 
     # What holds after each rule
 

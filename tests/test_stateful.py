@@ -14,24 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from portable_mla import GraphCaptureError, MLAAttention, PagedBatch, PlanMismatch
-from tests.cases import Case, Problem
-from tests.serving_engine import CAPACITY, PAGES, SHAPE, Form, Result, Step
-from tests.serving_model import Serving, empty_result, picks
+from tests.cases import Problem
+from tests.serving_engine import MAX_BATCH, MODELS, PAGES, Form, Model, Result, Step
+from tests.serving_model import Serving, empty_result, forms, picks
 from tests.targets import Target
 
 STEPS = 20
 SHARE = 6  # one in so many of the profile's examples: each has STEPS steps
 DELAY = 100_000_000  # cycles, some 50 ms: longer than it takes to issue a step
 
-forms = st.builds(
-    Form,
-    uniform=st.sampled_from((0, 0, 1, CAPACITY.max_query_len)),
-    tight=st.booleans(),
-    padding=st.integers(0, 3),
-    spare_columns=st.integers(0, 3),
-    positions=st.sampled_from((None, torch.int32, torch.int64)),
-    backwards=st.booleans(),
-)
 bad_pages, bad_kv_lens = (-1, PAGES, 2**31 - 1), (-1, None, 2**31 - 1)  # None: one more than the table holds
 
 
@@ -115,7 +106,7 @@ class ServingMachine(Serving):
 
     @rule()
     def too_large_a_batch_is_refused(self) -> None:
-        problem, size = self.planned().problem, CAPACITY.max_batch + 1
+        problem, size = self.planned().problem, MAX_BATCH + 1
         lens = self.engine.ints((0,) * size)
         captured = any(attention is self.active for attention, _, _ in self.graphs)
         article = "a new" if captured else "an"
@@ -132,7 +123,7 @@ class ServingMachine(Serving):
         if not able:
             return
         request = able[pick % len(able)]
-        room = step.batch.block_table.shape[1] * SHAPE.page_size
+        room = step.batch.block_table.shape[1] * self.engine.model.shape.page_size
         bad = step.with_kv_len(request, room + 1 if kv_len is None else kv_len)
         bad = bad if lengths else step.with_page(request, page)
         before = self.call(self.active, step.problem)
@@ -165,7 +156,7 @@ class ServingMachine(Serving):
     # Graphs and streams
 
     @precondition(lambda self: self.in_graphs)
-    @rule(requests=st.integers(1, CAPACITY.max_batch), whole=st.booleans())
+    @rule(requests=st.integers(1, MAX_BATCH), whole=st.booleans())
     def a_graph_is_captured(self, requests: int, whole: bool) -> None:
         self.capture(requests, whole)
 
@@ -186,7 +177,7 @@ class ServingMachine(Serving):
     @rule(pick=picks, form=forms)
     def m20_a_replay_has_the_bits_of_an_eager_step(self, pick: int, form: Form) -> None:
         if not self.graphs:
-            self.capture(CAPACITY.max_batch, pick % 2 == 0)
+            self.capture(MAX_BATCH, pick % 2 == 0)
         captured = list(self.graphs.values())[pick % len(self.graphs)]
         attention, frame = captured.attention, captured.frame
         step = self.engine.step(replace(form, positions=None) if captured.whole else form, frame.batch.size)
@@ -216,7 +207,7 @@ class ServingMachine(Serving):
         steps = self.engine.step(first), self.engine.step(second)
         for step in steps:
             self.serve(self.active, step)  # compiles
-        results = [empty_result(step.problem.q) for step in steps]
+        results = [empty_result(step.problem) for step in steps]
         awake = torch.cuda.Event()
         torch.cuda.synchronize()
         with self.no_wait():
@@ -259,7 +250,7 @@ class ServingMachine(Serving):
     @rule(form=forms, planned=st.booleans())
     def a_capture_before_the_first_call_is_refused(self, form: Form, planned: bool) -> None:
         step, cold = self.engine.step(form), self.build()
-        out, lse = empty_result(step.problem.q)
+        out, lse = empty_result(step.problem)
         if not len(out):
             return
         if planned:
@@ -281,21 +272,25 @@ class ServingMachine(Serving):
         self.check(step.problem, self.serve(attention, step))
 
 
-def machine_of(target: Target, attention: type[MLAAttention] = MLAAttention) -> type[ServingMachine]:
+def machine_of(
+    target: Target, attention: type[MLAAttention] = MLAAttention, models: tuple[Model, ...] = MODELS
+) -> type[ServingMachine]:
     """The machine for one target."""
-    members: dict[str, Any] = {"target": target, "attention": attention, "covered": set()}
+    members: dict[str, Any] = {"target": target, "attention": attention, "models": models, "covered": set()}
     return type(ServingMachine.__name__, (ServingMachine,), members)
 
 
 def test_an_attention_serves_any_sequence_of_events(target: Target) -> None:
-    case = Case((1,), SHAPE.heads, SHAPE.latent_dim, SHAPE.rope_dim, SHAPE.page_size)
-    if not target.accepts(case, deterministic=True):
-        pytest.skip(f"{target} refuses the model's shape, or to be deterministic")
-    machine, profile = machine_of(target), settings()
+    models = tuple(model for model in MODELS if target.accepts(model.case(), deterministic=True))
+    if not models:
+        pytest.skip(f"{target} refuses the models' shapes, or to be deterministic")
+    machine, profile = machine_of(target, models=models), settings()
     budget = settings(max_examples=max(profile.max_examples // SHARE, 1), stateful_step_count=STEPS)
     run_state_machine_as_test(machine, settings=budget)
     print(f"{target}: covered {', '.join(sorted(machine.covered))}")
     expected = {"alone"} | ({"lengths", "pages"} if target.backend != "reference" or target.device == "cpu" else set())
+    if len(models) > 1:
+        expected |= {"two models"}
     if target.has_kernels:
         expected |= {"a call", "a whole step", "a delayed step"}
     if profile.derandomize:  # else it is likely, not certain
