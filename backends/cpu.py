@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs, PrefillInputs, PrefillRunner, Runner
-from portable_mla.cache_format import dequantise_rows
+from portable_mla.core.quantize import dequantise_rows
+from portable_mla.core.shape import Phase, Request
+from portable_mla.dispatch.interface import DecodeInputs, PrefillInputs, PrefillRunner, Runner
 from portable_mla.metadata import DecodeMetadata, Needs, PagedBatch
-from portable_mla.shape import Phase, Request
 
 # Measured on 2 cores (AVX-512), batch 8 x 16 heads x 4096, milliseconds for bf16 / fp16 / fp32: 13.3 / 12.4 / 14.0;
 # the best of chunk {128, 256, 512} x slab {1, 2, 4, 8} is 13.3 / 11.7 / 13.0, and slab 1 takes 25 to 28.

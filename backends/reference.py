@@ -7,10 +7,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs, PrefillInputs, PrefillRunner, Runner
-from portable_mla.cache_format import cache_format_of, dequantise_rows
+from portable_mla.core.cache_format import cache_format_of
+from portable_mla.core.quantize import dequantise_rows
+from portable_mla.core.shape import Phase, Request
+from portable_mla.dispatch.interface import DecodeInputs, PrefillInputs, PrefillRunner, Runner
 from portable_mla.metadata import DecodeMetadata, Needs, PagedBatch
-from portable_mla.shape import Phase, Request
 
 
 def attend(q: Tensor, rows: Tensor, latent_dim: int, softmax_scale: float) -> tuple[Tensor, Tensor]:

@@ -27,16 +27,16 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from ci.cache_variants import fp8_formats
+from ci.compile.cache_variants import fp8_formats
 from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, SCALE, Calls, Problem, apart, graph_us, ruled_tile
 from portable_mla import CacheFormat, arch_of, rope_table, write_latent
-from portable_mla.backend import DecodeInputs
-from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import Conversion, Tile
-from portable_mla.cache_format import dequantise_rows, quantise_rows
+from portable_mla.backends.triton.config.decode import Conversion, Tile
+from portable_mla.backends.triton.decode.runner import TritonRunner
+from portable_mla.core.quantize import dequantise_rows, quantise_rows
+from portable_mla.core.rope import rotate
+from portable_mla.core.shape import Request
+from portable_mla.dispatch.interface import DecodeInputs
 from portable_mla.metadata import DecodeBuffers, Needs, Status
-from portable_mla.rope import rotate
-from portable_mla.shape import Request
 
 SIZES = ((128, 16, 4096), (64, 16, 16384))  # batch, heads, context
 GOALS = {"fp8_e4m3": 1.6, "fp8_e4m3fnuz": 1.6, "fp8_656": 1.4}

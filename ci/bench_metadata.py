@@ -24,8 +24,8 @@ import triton
 from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, Calls, Problem, graph_us, ours, split_rule
 from ci.peers import vllm
 from portable_mla import Capacity, MLAAttention, MLAShape
-from portable_mla.cache_format import CacheFormat
 from portable_mla.cli.trace import SHIPPED_TRACE, TraceRequest, read_trace
+from portable_mla.core.cache_format import CacheFormat
 
 
 def steps(requests: Sequence[TraceRequest], concurrency: int, count: int) -> list[list[int]]:

@@ -19,10 +19,10 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from portable_mla import MLAShape, Phase, arch_of, explain
-from portable_mla.backend import PrefillInputs, prefill_runner
 from portable_mla.backends.triton.backend import PREFILL_GEOMETRIES
-from portable_mla.dispatch import load
-from portable_mla.shape import Capacity, Request
+from portable_mla.core.shape import Capacity, Request
+from portable_mla.dispatch.interface import PrefillInputs, prefill_runner
+from portable_mla.dispatch.select import load
 
 ROWS = ["1x4096x128", "1x16384x16", "1x8192x128", "4x2048x128", "1x16384x128"]
 PEERS = ("flash_attn3", "cudnn")  # of which one may refuse a row

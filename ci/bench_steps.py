@@ -24,12 +24,12 @@ from torch import Tensor
 from ci.contenders import DEVICE, LATENT, PAGE_SIZE, ROPE, graph_us, ruled_tile
 from portable_mla import CachedContext, Capacity, MixedAttention, MLAShape, PagedBatch, Phase, Request, arch_of
 from portable_mla import mla_chunked_prefill as chunked_prefill
-from portable_mla.backend import DecodeInputs, PrefillInputs, prefill_runner
-from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.cache_format import CacheFormat
-from portable_mla.dispatch import select
+from portable_mla.backends.triton.decode.runner import TritonRunner
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.dispatch.interface import DecodeInputs, PrefillInputs, prefill_runner
+from portable_mla.dispatch.select import select
 from portable_mla.metadata import DecodeBuffers, Needs, Status
-from portable_mla.metadata.split_plan import PlanShape
+from portable_mla.metadata.split_plan.plan import PlanShape
 
 NOPE = V_DIM = 128
 SCALE = (NOPE + ROPE) ** -0.5

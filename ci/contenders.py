@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ci.forced import arch_with_tiles_of
+from ci.tile_override import arch_with_tiles_of
 from portable_mla import Capacity, MLAAttention, MLAShape, PagedBatch, Phase, Request, arch_of
-from portable_mla.backend import DecodeInputs
 from portable_mla.backends.triton.backend import TritonBackend
-from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import Tile, row_tiles
-from portable_mla.cache_format import CacheFormat
-from portable_mla.dispatch import load
+from portable_mla.backends.triton.config.decode import Tile, row_tiles
+from portable_mla.backends.triton.decode.runner import TritonRunner
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.dispatch.interface import DecodeInputs
+from portable_mla.dispatch.select import load
 from portable_mla.metadata import DecodeBuffers, DecodeMetadata, Needs, Status
 
 PAGE_SIZE, LATENT, ROPE = 64, 512, 64

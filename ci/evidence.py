@@ -1,7 +1,7 @@
 """What the kernels have run on, by architecture: ci/evidence.json, from which the README's table is made.
 
-silicon: written by hand after a run on the GPU itself; emulated: by ci/emulate.py --record; what is compiled follows
-from ci/budgets.json.
+silicon: written by hand after a run on the GPU itself; emulated: by python -m tests.emulated.run --record; what is
+compiled follows from ci/compile/budgets.json.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=$ROOT/.venv
 CONSTRAINTS=$ROOT/ci/constraints.txt
-NEWEST_TRITON=triton==3.9.0 # the newest that ci/budgets.json has figures for
+NEWEST_TRITON=triton==3.9.0 # the newest that ci/compile/budgets.json has figures for
 NEEDED=(torch numpy triton pytest pytest_timeout hypothesis typer rich)
 LINTERS=(ruff mypy pyright)
 PY= # the Python that runs everything, chosen by setup
@@ -18,10 +18,10 @@ usage: bash ci/run.sh VERB [ARGUMENTS]
   lint                ruff format, ruff check, mypy, pyright, and shellcheck where it is installed
   test [PYTEST ARGS]  the test suite, for instance: bash ci/run.sh test -k planner
   compile [ARGS]      compile every GPU kernel for every architecture, without a GPU, and hold registers, spills
-                      and shared memory to the budgets in ci/budgets.json, for instance: compile --arch sm90
+                      and shared memory to the budgets in ci/compile/budgets.json, for instance: compile --arch sm90
   compile-newest [ARGS]  the same with the newest Triton that there are budgets for
   emulate [ARGS]      run the AMD kernels, compiled for gfx942 and gfx950, on an emulated GPU, without a GPU. TINYGRAD_SRC
-                      names a tinygrad source tree (ci/emulated/source.py has the commit); clang must be on PATH
+                      names a tinygrad source tree (ci/emulate/source.py has the commit); clang must be on PATH
   emulate-newest [ARGS]  the same with the newest Triton
   aiter [ARGS]        on an AMD GPU: decode beside AITER as a table
   guarded [PYTEST ARGS]  on a GPU: the contract tests without torch's caching allocator, so that reads far outside of a
@@ -250,7 +250,7 @@ run_tests() {
 
 compile_gate() {
   say "compile gate${*:+ $*}"
-  "$PY" ci/compile_gate.py "$@"
+  "$PY" -m ci.compile.gate "$@"
 }
 
 # with_newest_triton COMMAND...: that Triton lies in a folder of its own, in front of the installed one for the command.
@@ -285,7 +285,7 @@ gpu() {
 guarded() {
   setup
   print_devices || die "guarded: torch $(torch_build) sees no GPU on this machine"
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTORCH_NO_HIP_MEMORY_CACHING=1 run_tests tests/test_contract.py tests/test_edges.py "$@"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTORCH_NO_HIP_MEMORY_CACHING=1 run_tests tests/contract/test_contract.py tests/contract/test_edges.py "$@"
 }
 
 print_devices() {
@@ -328,11 +328,11 @@ main() {
       ;;
     emulate)
       setup
-      "$PY" ci/emulate.py "${@:2}"
+      "$PY" -m tests.emulated.run "${@:2}"
       ;;
     emulate-newest)
       setup
-      with_newest_triton "$PY" ci/emulate.py "${@:2}"
+      with_newest_triton "$PY" -m tests.emulated.run "${@:2}"
       ;;
     aiter)
       setup
@@ -342,7 +342,7 @@ main() {
     tiles)
       [[ $# -ge 2 ]] || usage
       setup
-      PORTABLE_MLA_TILES=$2 run_tests tests/test_contract.py tests/test_edges.py tests/test_prefill.py "${@:3}"
+      PORTABLE_MLA_TILES=$2 run_tests tests/contract/test_contract.py tests/contract/test_edges.py tests/contract/test_prefill.py "${@:3}"
       ;;
     gpu) gpu "${@:2}" ;;
     *) usage ;;

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.cache_format import CacheFormat
-from portable_mla.geometry import softmax_scale, yarn_mscale
-from portable_mla.rope import Yarn, rope_table
-from portable_mla.shape import MLAShape
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.core.geometry import softmax_scale, yarn_mscale
+from portable_mla.core.rope import Yarn, rope_table
+from portable_mla.core.shape import MLAShape
 
 
 @dataclass(frozen=True)

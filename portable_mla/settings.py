@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from portable_mla.device import ARCHS
-from portable_mla.registry import BACKENDS
+from portable_mla.core.arch import ARCHS
+from portable_mla.dispatch.registry import BACKENDS
 
 PREFIX = "PORTABLE_MLA_"
 _BOOLEANS = {"0": False, "false": False, "off": False, "1": True, "true": True, "on": True}

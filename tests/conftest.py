@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis.errors import Unsatisfiable
 
 from portable_mla import NoBackend, Settings, UnsupportedDevice, arch_of
-from tests.prefill_cases import prefill_targets
-from tests.targets import Target, local_targets
+from tests.support.prefill_cases import prefill_targets
+from tests.support.targets import Target, local_targets
 
 if TYPE_CHECKING:
-    from tests.vendor_machine import Machine
+    from tests.support.library_machine import Machine
 
 # A backend of few geometries refuses most cases, which the tests then leave out.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _force(tiles: str) -> None:
-    from ci.forced import arch_with_tiles_of, force_code
+    from ci.tile_override import arch_with_tiles_of, force_code
 
     local = arch_of("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -128,7 +128,7 @@ def prefill_target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """A machine without vendor libraries."""
-    from tests.vendor_machine import machine
+    from tests.support.library_machine import machine
 
     with machine(tmp_path, monkeypatch) as made:
         yield made

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs, Runner
-from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import NamedCall, Returned, call, wide
-from portable_mla.backends.vendor.layout import VendorLayout, new_layout
-from portable_mla.backends.vendor.library import Builds, Library, Loaded
-from portable_mla.backends.vendor.operator import Operator, find_operator
-from portable_mla.backends.vendor.step import Step
-from portable_mla.cache_format import CacheFormat
+from portable_mla.backends.library.batch import Step
+from portable_mla.backends.library.calls import NamedCall, Returned, call, wide
+from portable_mla.backends.library.layout import VendorLayout, new_layout
+from portable_mla.backends.library.library import Builds, Library, Loaded
+from portable_mla.backends.library.operator import Operator, find_operator
+from portable_mla.backends.nvidia.hopper.arch import HOPPER
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.core.shape import Phase, Request
+from portable_mla.dispatch.interface import DecodeInputs, Runner
 from portable_mla.errors import NoBackend
 from portable_mla.metadata import DecodeMetadata, Needs
-from portable_mla.packages import Package
-from portable_mla.shape import Phase, Request
+from portable_mla.runtime.packages import Package
 
 GEOMETRY = (512, 64)
 BLOCK_N = 64  # keys of a block, at these widths

@@ -13,18 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs, Runner
-from portable_mla.backends.nvidia.tiles import GLUON_ARCH as HOPPER
-from portable_mla.backends.vendor.calls import NamedCall, Returned, call
-from portable_mla.backends.vendor.layout import VendorLayout, new_layout
-from portable_mla.backends.vendor.library import Builds, Library, Loaded
-from portable_mla.backends.vendor.operator import Operator, find_operator
-from portable_mla.backends.vendor.step import Step, StepView
-from portable_mla.cache_format import CacheFormat
+from portable_mla.backends.library.batch import Step, StepView
+from portable_mla.backends.library.calls import NamedCall, Returned, call
+from portable_mla.backends.library.layout import VendorLayout, new_layout
+from portable_mla.backends.library.library import Builds, Library, Loaded
+from portable_mla.backends.library.operator import Operator, find_operator
+from portable_mla.backends.nvidia.hopper.arch import HOPPER
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.core.shape import Phase, Request
+from portable_mla.dispatch.interface import DecodeInputs, Runner
 from portable_mla.errors import BackendError
 from portable_mla.metadata import DecodeMetadata, Needs
-from portable_mla.packages import Package
-from portable_mla.shape import Phase, Request
+from portable_mla.runtime.packages import Package
 
 PAGE_SIZE, GEOMETRY = 64, (512, 64)
 DECODE, PLAN = "flash_mla_with_kvcache", "get_mla_metadata"

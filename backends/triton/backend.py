@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from portable_mla.backend import PrefillRunner, Runner
-from portable_mla.backends.triton.prefill_tile import PrefillRules, PrefillTile, PrefillTileRequest
-from portable_mla.backends.triton.tile import DecodeRules, Tile, TileRequest, choose_tile
-from portable_mla.cache_format import CacheFormat
+from portable_mla.backends.triton.config.decode import DecodeRules, Tile, TileRequest, choose_tile
+from portable_mla.backends.triton.config.prefill import PrefillRules, PrefillTile, PrefillTileRequest
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.core.shape import Phase, Request
+from portable_mla.dispatch.interface import PrefillRunner, Runner
 from portable_mla.metadata import Needs
-from portable_mla.shape import Phase, Request
 
 GEOMETRIES = ((512, 64), (512, 0), (256, 64), (256, 32), (128, 32))  # latent, rope: those the compile gate covers
 MAX_HEADS = 128
@@ -86,17 +86,17 @@ class TritonBackend:
 
     def needs(self, request: Request) -> Needs:
         """Page tables are walked in place, where the split plan says."""
-        from portable_mla.backends.triton.runner import plan_shape
+        from portable_mla.backends.triton.decode.runner import plan_shape
 
         return Needs(split_plan=plan_shape(request, self.tile(request)))
 
     def bind(self, request: Request) -> Runner | PrefillRunner:
         """A runner; a decode's buffers are allocated by the first plan, on the device of the batch, and stay."""
         if request.phase is Phase.prefill:
-            from portable_mla.backends.triton.prefill_runner import TritonPrefill
+            from portable_mla.backends.triton.prefill.runner import TritonPrefill
 
             return TritonPrefill(request, self.prefill_tile(request))
-        from portable_mla.backends.triton.runner import TritonRunner
+        from portable_mla.backends.triton.decode.runner import TritonRunner
 
         return TritonRunner(request, self.tile(request))
 

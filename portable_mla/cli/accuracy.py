@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from portable_mla.backend import DecodeInputs
 from portable_mla.backends import reference
+from portable_mla.dispatch.interface import DecodeInputs
 from portable_mla.metadata import PagedBatch
 
 # Relative RMS allowed in a row: about 1.5 times what a kernel with float32 sums and one rounding of its output shows.

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from portable_mla.cache_format import CacheFormat
 from portable_mla.cli import estimate as estimating
 from portable_mla.cli import explain as explaining
 from portable_mla.cli.demo import Demo, DemoOptions
@@ -20,12 +19,13 @@ from portable_mla.cli.doctor import diagnose
 from portable_mla.cli.figures import Figures
 from portable_mla.cli.hf_demo import run_hf
 from portable_mla.cli.report import FAILED, clear_refusals, show, show_json
-from portable_mla.device import ARCHS
-from portable_mla.dispatch import Explanation
+from portable_mla.core.arch import ARCHS
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.core.shape import Phase
+from portable_mla.dispatch.registry import BACKENDS
+from portable_mla.dispatch.select import Explanation
 from portable_mla.models import MODELS
-from portable_mla.registry import BACKENDS
 from portable_mla.settings import Settings
-from portable_mla.shape import Phase
 
 app = typer.Typer(
     help="Multi-head Latent Attention on every GPU that serves it: what this machine has, what serves a request and "

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from portable_mla.attention import MLAAttention
-from portable_mla.backend import DecodeInputs
-from portable_mla.cache import PagedLatentCache
+from portable_mla.cache.paged_cache import PagedLatentCache
 from portable_mla.cli.accuracy import LayerCall
 from portable_mla.cli.replay import Step
+from portable_mla.core.shape import Capacity, MLAShape
+from portable_mla.decode.attention import MLAAttention
+from portable_mla.dispatch.interface import DecodeInputs
 from portable_mla.metadata import PagedBatch
-from portable_mla.shape import Capacity, MLAShape
 
 T = TypeVar("T")
 

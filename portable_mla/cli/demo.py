@@ -19,7 +19,7 @@ from portable_mla.cli.figures import Figures
 from portable_mla.cli.replay import Scheduler
 from portable_mla.cli.report import Section
 from portable_mla.cli.trace import SHIPPED_TRACE, TraceRequest, read_trace
-from portable_mla.device import LocalDevice, local_devices
+from portable_mla.core.device import LocalDevice, local_devices
 from portable_mla.errors import UnsupportedDevice
 from portable_mla.models import model_named
 

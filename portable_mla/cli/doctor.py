@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from portable_mla.backend import Backend, LibraryBackend
 from portable_mla.cli import explain
 from portable_mla.cli.packages import PACKAGES, own_versions
 from portable_mla.cli.report import Section
-from portable_mla.device import ARCHS, Arch, LocalDevice, Vendor, local_devices, runtime
-from portable_mla.dispatch import load
+from portable_mla.core.arch import ARCHS, Arch, Vendor
+from portable_mla.core.device import LocalDevice, local_devices, runtime
+from portable_mla.dispatch.interface import Backend, LibraryBackend
+from portable_mla.dispatch.registry import BACKENDS, ORDER
+from portable_mla.dispatch.select import load
 from portable_mla.models import MODELS
-from portable_mla.packages import state_of
-from portable_mla.registry import BACKENDS, ORDER
+from portable_mla.runtime.packages import state_of
 from portable_mla.settings import VARIABLES, Settings
 
 SERVED_MODEL = "DeepSeek-V3 TP8 decode"

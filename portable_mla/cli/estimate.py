@@ -3,8 +3,8 @@
 Never a measurement. A decode takes a launch, and the longest of what its bytes take from memory, what the longest part
 of the plan takes from matrix units and shared memory, and what one SM or CU needs to fetch that part. The portable
 kernel does products, softmax and shared memory one after another, Hopper's Gluon kernel at the same time: two constants
-say how well, found on an H100 (tests/test_estimate.py has the measurements). What a tile costs beside that is left out:
-tiles of 16 keys take twice what is said here.
+say how well, found on an H100 (tests/unit/test_estimate.py has the measurements). What a tile costs beside that is left
+out: tiles of 16 keys take twice what is said here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from portable_mla.cli.hardware import PARTS, Part
 from portable_mla.cli.report import Section
-from portable_mla.dispatch import load
-from portable_mla.shape import Phase, Request
+from portable_mla.core.shape import Phase, Request
+from portable_mla.dispatch.select import load
 
 if TYPE_CHECKING:  # need Triton, which a CPU may lack
-    from portable_mla.backends.triton.tile import Tile
-    from portable_mla.metadata.split_plan import PlanShape
+    from portable_mla.backends.triton.config.decode import Tile
+    from portable_mla.metadata.split_plan.plan import PlanShape
 
-TABLE = "data/compiled.json"  # of ci/budgets.json: python -m ci.compiled_table
+TABLE = "data/compiled.json"  # of ci/compile/budgets.json: python -m ci.compile.table
 ESTIMATED = ("triton", "gluon")
 IN_TURN = 1.15  # the portable kernel over its products and its shared memory, one after the other
 AT_ONCE = 0.75  # of the matrix units' speed that the Gluon kernel reaches
@@ -113,7 +113,7 @@ def estimate(request: Request, backend: str) -> Estimate:
 
 
 def _estimate(request: Request, part: Part, shape: PlanShape, block_h: int, work: Work, kernel: str) -> Estimate:
-    from portable_mla.metadata.split_reference import plan_splits_reference
+    from portable_mla.metadata.split_plan.reference import plan_splits_reference
 
     capacity, mla = request.capacity, request.shape
     lens = [capacity.max_context] * capacity.max_batch, [request.max_query_len] * capacity.max_batch
@@ -197,7 +197,7 @@ def times_scored(request: Request, tile: Tile, compiled: Compiled) -> int:
 
 def gluon_work(request: Request, part: Part) -> Work:
     """Of Hopper's Gluon kernel and one block of keys; its two warpgroups share two of them at once."""
-    from portable_mla.backends.nvidia.sm90_runner import has_narrow_partials
+    from portable_mla.backends.nvidia.hopper.decode.runner import has_narrow_partials
 
     shape = request.shape
     operations = 2 * GLUON_ROWS * GLUON_KEYS * (shape.row_width + shape.latent_dim)

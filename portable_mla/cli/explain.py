@@ -8,15 +8,16 @@ from typing import TypeVar
 
 import torch
 
-from portable_mla.arguments import check_kv_scale, check_q_dtype
-from portable_mla.cache_format import CacheFormat
 from portable_mla.cli.report import Section
-from portable_mla.device import Arch, arch_named, local_devices
-from portable_mla.dispatch import Candidate, Explanation, explain
+from portable_mla.core.arch import Arch, arch_named
+from portable_mla.core.cache_format import CacheFormat
+from portable_mla.core.checks import check_kv_scale, check_q_dtype
+from portable_mla.core.device import local_devices
+from portable_mla.core.shape import Capacity, MLAShape, Phase, Request
+from portable_mla.dispatch.select import Candidate, Explanation, explain
 from portable_mla.errors import NoBackend
 from portable_mla.models import Model, model_named
 from portable_mla.settings import Settings
-from portable_mla.shape import Capacity, MLAShape, Phase, Request
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 T = TypeVar("T")

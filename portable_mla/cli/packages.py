@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-from portable_mla.packages import Package
+from portable_mla.runtime.packages import Package
 
 PACKAGES = (
     Package("torch", "torch", ("torch",)),

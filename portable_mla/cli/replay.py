@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from portable_mla.cache.page_pool import PagePool
 from portable_mla.cli.trace import TraceRequest
 from portable_mla.errors import CacheFull
-from portable_mla.pages import PagePool
 
 
 @dataclass(frozen=True)

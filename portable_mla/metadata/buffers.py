@@ -7,11 +7,11 @@ import importlib.util
 
 from torch import Tensor
 
+from portable_mla.core.shape import Capacity
 from portable_mla.metadata.batch import PagedBatch
-from portable_mla.metadata.decode import DecodeMetadata, Needs
-from portable_mla.metadata.ragged import RaggedForms, RaggedShape
+from portable_mla.metadata.decode_metadata import DecodeMetadata, Needs
+from portable_mla.metadata.ragged.forms import RaggedForms, RaggedShape
 from portable_mla.metadata.status import Status
-from portable_mla.shape import Capacity
 
 
 @functools.cache
@@ -29,7 +29,7 @@ class DecodeBuffers:
         device = status.words.device
         self._plan = None
         if needs.split_plan is not None:
-            from portable_mla.metadata.split_plan import SplitPlan
+            from portable_mla.metadata.split_plan.plan import SplitPlan
 
             self._plan = SplitPlan.allocate(needs.split_plan, device)
         self._ragged = None

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from portable_mla.float8_kernels import float8_bits, float8_values
+from portable_mla.runtime.kernels.float8 import float8_bits, float8_values
 
 
 @triton.jit

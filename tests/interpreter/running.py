@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portable_mla.arguments import DecodeArguments
-from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import Tile
-from portable_mla.device import ARCHS
-from portable_mla.dispatch import load
+from portable_mla.backends.triton.config.decode import Tile
+from portable_mla.backends.triton.decode.runner import TritonRunner
+from portable_mla.core.arch import ARCHS
+from portable_mla.core.shape import Capacity, Request
+from portable_mla.decode.arguments import DecodeArguments
+from portable_mla.dispatch.select import load
 from portable_mla.metadata import DecodeBuffers, Needs, Status
-from portable_mla.shape import Capacity, Request
-from tests.acceptance import Errors, check
-from tests.cases import Case, Problem, build
+from tests.support.acceptance import Errors, check
+from tests.support.cases import Case, Problem, build
 
 SMALL: dict[str, Any] = {"latent_dim": 128, "rope_dim": 32}
 MIDDLE: dict[str, Any] = {"latent_dim": 256, "rope_dim": 32}

@@ -10,20 +10,19 @@ from types import ModuleType
 
 import pytest
 
-from portable_mla.backends.triton import (
-    combine,
-    combine_kernels,
-    decode_kernels,
-    key_kernels,
-    pair_decode_kernels,
-    pair_kernels,
-    runner,
-    tile_kernels,
-)
-from portable_mla.backends.triton.tile import Tile
-from portable_mla.metadata import split_kernels, split_plan
-from tests.cases import Case
+from portable_mla.backends.triton.combine import runner as combine
+from portable_mla.backends.triton.combine.kernels import combine as combine_kernels
+from portable_mla.backends.triton.config.decode import Tile
+from portable_mla.backends.triton.decode import runner
+from portable_mla.backends.triton.decode.kernels import decode as decode_kernels
+from portable_mla.backends.triton.decode.kernels import keys as key_kernels
+from portable_mla.backends.triton.decode.kernels import pairs as pair_kernels
+from portable_mla.backends.triton.decode.kernels import pairs_decode as pair_decode_kernels
+from portable_mla.backends.triton.decode.kernels import tiles as tile_kernels
+from portable_mla.metadata.split_plan import plan as split_plan
+from portable_mla.metadata.split_plan.kernels import plan as split_kernels
 from tests.interpreter.running import DESCRIPTOR, MANY_PARTS, SMALL, TILE, solve_with_tile
+from tests.support.cases import Case
 
 LONG = Case((400, 100), 16, **SMALL)
 NEEDLE = Case((700, 100), 16, **SMALL, content="needle", garbage="hot", seed=1)

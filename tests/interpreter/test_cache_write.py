@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from portable_mla import CacheFormat, cache_write_kernels, write_launch
-from portable_mla.cache_format import to_float8
-from portable_mla.cache_write import write_in_torch
+from portable_mla import CacheFormat
+from portable_mla.cache import write_launch
+from portable_mla.cache.kernels import write as cache_write_kernels
+from portable_mla.cache.write import write_in_torch
+from portable_mla.cache.write_launch import launch_write
+from portable_mla.core.quantize import to_float8
 from portable_mla.metadata import Limits, Status
-from portable_mla.write_launch import launch_write
 from tests.interpreter.round_trip_kernels import round_trip_kernel
 from tests.interpreter.test_broken_kernels import Mutant
-from tests.write_cases import CASES, WriteCase, written_bytes
+from tests.support.write_cases import CASES, WriteCase, written_bytes
 
 FLAVOURS = {"e4m3": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz}
 LIMITS = Limits(max_pages=5, max_context=100, max_query_len=1, max_query_tokens=8)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from portable_mla.backends.triton.combine import Combine, Partials
-from portable_mla.backends.triton.combine_kernels import combine_kernel
-from portable_mla.backends.triton.tile import combine_tiles
-from portable_mla.launch import KernelLaunch
-from portable_mla.metadata.split_plan import PlanShape
-from tests.cases import Case, build
+from portable_mla.backends.triton.combine.kernels.combine import combine_kernel
+from portable_mla.backends.triton.combine.runner import Combine, Partials
+from portable_mla.backends.triton.config.combine import combine_tiles
+from portable_mla.metadata.split_plan.plan import PlanShape
+from portable_mla.runtime.kernel_launch import KernelLaunch
 from tests.interpreter.running import SMALL, request_of
+from tests.support.cases import Case, build
 
 PIECES = (0, 3, -1, 45, 1, -2, 4, 70)  # of each token; -1 was final before, -2 is faulty
 HEADS, LATENT = 5, 128

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portable_mla.context_bounds import launch_poison, poison_in_torch
 from portable_mla.metadata import Status
+from portable_mla.prefill.context_bounds import launch_poison, poison_in_torch
 
 CPU = torch.device("cpu")
 

@@ -7,15 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portable_mla.backend import Backend, Runner, decode_runner
-from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import Tile
-from portable_mla.device import ARCHS
+from portable_mla.backends.triton.config.decode import Tile
+from portable_mla.backends.triton.decode.runner import TritonRunner
+from portable_mla.core.arch import ARCHS
+from portable_mla.core.shape import Request
+from portable_mla.dispatch.interface import Backend, Runner, decode_runner
 from portable_mla.metadata import Limits, Status
-from portable_mla.shape import Request
-from tests import targets
-from tests.acceptance import check
-from tests.cases import Case, build
 from tests.interpreter.repair import without
 from tests.interpreter.running import (
     DESCRIPTOR,
@@ -29,6 +26,9 @@ from tests.interpreter.running import (
     solve_as,
     solve_with_tile,
 )
+from tests.support import targets
+from tests.support.acceptance import check
+from tests.support.cases import Case, build
 
 # case, tile, units: the plan has as many parts as units hold programs, so that many units split much
 CASES = [

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import Conversion
-from portable_mla.dispatch import load
-from tests.acceptance import check
-from tests.cases import EXTREME, Case, build
+from portable_mla.backends.triton.config.decode import Conversion
+from portable_mla.backends.triton.decode.runner import TritonRunner
+from portable_mla.dispatch.select import load
 from tests.interpreter.repair import without
 from tests.interpreter.running import SMALL, TILE, WIDE, decode, request_of, solve_with_tile
+from tests.support.acceptance import check
+from tests.support.cases import EXTREME, Case, build
 
 PAIRS = replace(TILE, conversion="pairs")
 FORMATS = [

@@ -8,19 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portable_mla.backends.triton.prefill_runner import TritonPrefill
-from portable_mla.backends.triton.prefill_tile import PrefillTile
-from portable_mla.backends.triton.runner import TritonRunner
-from portable_mla.backends.triton.tile import Conversion, Tile
-from tests import prefill_cases
-from tests.cases import Case, build
+from portable_mla.backends.triton.config.decode import Conversion, Tile
+from portable_mla.backends.triton.config.prefill import PrefillTile
+from portable_mla.backends.triton.decode.runner import TritonRunner
+from portable_mla.backends.triton.prefill.runner import TritonPrefill
 from tests.interpreter.running import DESCRIPTOR, SMALL, TILE, WIDE, decode, request_of
 from tests.interpreter.test_prefill import DESCRIPTOR as PREFILL_DESCRIPTOR
 from tests.interpreter.test_prefill import MINI, run
 from tests.interpreter.test_prefill import TILE as PREFILL_TILE
 from tests.interpreter.test_prefill import request_of as prefill_request_of
-from tests.isolation import GROUPED, PER_TENSOR, PLAIN, Spoiled, SpoiledPrefill, Spoiler
-from tests.prefill_cases import GEOMETRIES, PrefillCase
+from tests.support import prefill_cases
+from tests.support.cases import Case, build
+from tests.support.isolation import GROUPED, PER_TENSOR, PLAIN, Spoiled, SpoiledPrefill, Spoiler
+from tests.support.prefill_cases import GEOMETRIES, PrefillCase
 
 RAGGED = Case((33, 70, 5), 3, **SMALL, query_lens=(2, 4, 3), max_query_len=4, padding=1)
 

@@ -10,18 +10,20 @@ from types import ModuleType
 import pytest
 import torch
 
-from portable_mla import merge, merge_kernels
-from portable_mla.backends.triton import prefill_kernels, prefill_runner
-from portable_mla.backends.triton.prefill_runner import TritonPrefill
-from portable_mla.backends.triton.prefill_tile import PrefillTile
-from portable_mla.device import ARCHS
-from portable_mla.dispatch import load
-from portable_mla.merge import launch_merge
-from portable_mla.shape import Request
-from tests import prefill_cases
+from portable_mla.backends.triton.config.prefill import PrefillTile
+from portable_mla.backends.triton.prefill import runner as prefill_runner
+from portable_mla.backends.triton.prefill.kernels import prefill as prefill_kernels
+from portable_mla.backends.triton.prefill.runner import TritonPrefill
+from portable_mla.core.arch import ARCHS
+from portable_mla.core.shape import Request
+from portable_mla.dispatch.select import load
+from portable_mla.prefill import merge
+from portable_mla.prefill.kernels import merge as merge_kernels
+from portable_mla.prefill.merge import launch_merge
+from tests.contract.test_prefill import close, golden_merge, states
 from tests.interpreter.test_broken_kernels import Mutant
-from tests.prefill_cases import GEOMETRIES, PrefillCase, PrefillProblem, Result, build
-from tests.test_prefill import close, golden_merge, states
+from tests.support import prefill_cases
+from tests.support.prefill_cases import GEOMETRIES, PrefillCase, PrefillProblem, Result, build
 
 TILE = PrefillTile(32, 16, 4, 2)
 DESCRIPTOR = replace(TILE, loads="descriptor")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portable_mla.metadata import Limits, PagedBatch, Status
-from portable_mla.metadata.ragged import RaggedForms, RaggedShape
-from tests.test_ragged import UNREAD_CELL, buffers, fresh
+from portable_mla.metadata.ragged.forms import RaggedForms, RaggedShape
+from tests.contract.test_ragged import UNREAD_CELL, buffers, fresh
 
 KV_LEN = st.one_of(st.sampled_from([-1, 0, 1, 15, 16, 17]), st.integers(0, 400))
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portable_mla.metadata import Limits, PagedBatch, Status
-from portable_mla.metadata.split_plan import PlanShape, SplitPlan
-from portable_mla.metadata.split_reference import Plan, plan_splits_reference
+from portable_mla.metadata.split_plan.plan import PlanShape, SplitPlan
+from portable_mla.metadata.split_plan.reference import Plan, plan_splits_reference
 
 UNWRITTEN = -12345
 PAGE_SIZE = 16

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portable_mla import CacheFormat, Capacity, MLAShape, Phase, Request, arch_named
-from portable_mla.backends.vendor.step import Step
-from portable_mla.backends.vendor.step_kernels import finish_rows_kernel, prepare_step_kernel
+from portable_mla.backends.library.batch import Step
+from portable_mla.backends.library.kernels.batch import finish_rows_kernel, prepare_step_kernel
 from portable_mla.metadata import DecodeBuffers, DecodeMetadata, Needs, PagedBatch, Status
 
 PREPARE: Any = prepare_step_kernel

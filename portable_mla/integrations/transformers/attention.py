@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portable_mla.absorption import absorb, expand
 from portable_mla.integrations.transformers.cache import NewRows, up_projections
+from portable_mla.layer.projections import absorb, expand
 
 NAME = "portable_mla"
 _MOST_ABSORBED = 8  # query tokens; more are cheaper against expanded keys

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from portable_mla.absorption import absorb, check_plain_linear, expand, split_up_projection
-from portable_mla.attention import MLAAttention
-from portable_mla.cache import PagedLatentCache
-from portable_mla.cache_format import cache_format_of
-from portable_mla.cache_write import write_latent
+from portable_mla.cache.paged_cache import PagedLatentCache
+from portable_mla.cache.write import write_latent
+from portable_mla.core.cache_format import cache_format_of
+from portable_mla.core.shape import Capacity, MLAShape
+from portable_mla.decode.attention import MLAAttention
 from portable_mla.errors import CacheFull
 from portable_mla.integrations.transformers.masks import padding_of
-from portable_mla.layer_step import token_places
-from portable_mla.prefill import mla_prefill
-from portable_mla.shape import Capacity, MLAShape
-from portable_mla.torch_ops import without_gradients
+from portable_mla.layer.projections import absorb, check_plain_linear, expand, split_up_projection
+from portable_mla.layer.step import token_places
+from portable_mla.prefill.api import mla_prefill
+from portable_mla.runtime.torch_ops import without_gradients
 
 
 @dataclass(frozen=True)

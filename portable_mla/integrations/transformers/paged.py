@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portable_mla.absorption import absorb, expand
-from portable_mla.device import is_capturing
+from portable_mla.core.device import is_capturing
+from portable_mla.decode.api import mla_decode
 from portable_mla.integrations.transformers.attention import (
     NAME,
     check_latents,
@@ -16,8 +16,8 @@ from portable_mla.integrations.transformers.attention import (
     softmax_scale_of,
 )
 from portable_mla.integrations.transformers.cache import prefill_expanded, up_projections
-from portable_mla.ops import mla_decode
-from portable_mla.torch_ops import without_gradients
+from portable_mla.layer.projections import absorb, expand
+from portable_mla.runtime.torch_ops import without_gradients
 
 PAGED_NAME = f"paged|{NAME}"
 _KNOWN = (

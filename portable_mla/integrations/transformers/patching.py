@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from portable_mla.absorption import check_plain_linear
 from portable_mla.integrations.transformers.attention import NAME, attend
 from portable_mla.integrations.transformers.paged import PAGED_NAME, attend_paged
 from portable_mla.integrations.transformers.verify import Recorded, check_modules, record
 from portable_mla.integrations.transformers.version import check_continuous_batching
+from portable_mla.layer.projections import check_plain_linear
 
 _ORIGINAL = "portable_mla_original_attention"  # attribute of a patched model: the name to put back
 _CHANGING_ROPE = ("dynamic", "longrope")  # they compute frequencies anew from config.head_dim

@@ -1,0 +1,1 @@
+"""AITER's decode kernels."""

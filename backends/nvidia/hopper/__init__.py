@@ -1,0 +1,1 @@
+"""Decode and prefill in Gluon for Hopper."""

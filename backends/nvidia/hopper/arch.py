@@ -1,0 +1,3 @@
+"""The one architecture with Hopper's instructions: wgmma, TMA and setmaxnreg."""
+
+HOPPER = "sm90"

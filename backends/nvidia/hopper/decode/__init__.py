@@ -1,0 +1,1 @@
+"""Decode in Gluon for Hopper."""

@@ -1,0 +1,1 @@
+"""Prefill in Gluon for Hopper."""

@@ -1,0 +1,1 @@
+"""The merge of a decode's partial results in Triton."""

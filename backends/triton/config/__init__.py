@@ -1,0 +1,1 @@
+"""Launch configurations of the Triton kernels, by vendor."""

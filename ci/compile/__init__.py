@@ -1,0 +1,1 @@
+"""The compile gate: every kernel for every architecture, without a GPU."""

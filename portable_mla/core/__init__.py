@@ -1,0 +1,1 @@
+"""What a call is: architectures, shapes, formats and checks. No kernel, no device memory."""

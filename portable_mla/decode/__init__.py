@@ -1,0 +1,1 @@
+"""Decode over a paged latent cache."""

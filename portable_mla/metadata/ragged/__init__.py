@@ -1,0 +1,1 @@
+"""Row pointers and kv indices of a ragged batch."""

@@ -1,0 +1,1 @@
+"""Prefill over expanded keys and values, over cached contexts, and the merge of partial results."""

@@ -1,0 +1,1 @@
+"""What torch and Triton need: launches, streams, operators, packages."""

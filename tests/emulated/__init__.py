@@ -1,0 +1,1 @@
+"""AMD's kernels on an emulated GPU."""

@@ -1,0 +1,1 @@
+"""Graphs, streams and preemption on a GPU."""

@@ -1,0 +1,1 @@
+"""Launches, compiled code and the interpreter."""

@@ -1,0 +1,1 @@
+"""Adapters of other people's packages, against stand-ins."""

@@ -1,0 +1,1 @@
+"""Models of the Hopper kernels' barriers, tied to the kernels' source."""

@@ -1,0 +1,1 @@
+"""Without a GPU or Triton."""
