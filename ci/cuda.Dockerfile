@@ -1,6 +1,6 @@
 # The test suite on an NVIDIA GPU:
 #   docker build -f ci/cuda.Dockerfile -t portable_mla:cuda .
-#   docker run --rm --gpus all --ipc=host -e PORTABLE_MLA_REQUIRE=sm90 portable_mla:cuda
+#   docker run --rm --gpus all --ipc=host -e PORTABLE_MLA_TEST_REQUIRE=sm90 portable_mla:cuda
 ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 FROM ${BASE}
 

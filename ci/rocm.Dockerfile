@@ -1,7 +1,7 @@
 # The test suite on an AMD GPU:
 #   docker build -f ci/rocm.Dockerfile -t portable_mla:rocm .
 #   docker run --rm --device=/dev/kfd --device=/dev/dri --group-add video --ipc=host --shm-size 16g \
-#     -e PORTABLE_MLA_REQUIRE=gfx942 portable_mla:rocm
+#     -e PORTABLE_MLA_TEST_REQUIRE=gfx942 portable_mla:rocm
 # With --entrypoint bash before the image's name, the same image serves `ci/run.sh guarded` and, where AITER is
 # installed, the table beside it: `ci/run.sh aiter`.
 ARG BASE=rocm/pytorch:rocm10.0_ubuntu24.04_py3.12_pytorch_release_2.13.0

@@ -30,7 +30,7 @@ usage: bash ci/run.sh VERB [ARGUMENTS]
                       code as far as that runs: the PTX of an older one, no wgmma in place of a newer one's
   demo [DEMO ARGS]    portable-mla demo
   gpu [PYTEST ARGS]   for GPU runners: portable-mla doctor, then the test suite.
-                      PORTABLE_MLA_REQUIRE names the hardware that must be there, for instance sm90
+                      PORTABLE_MLA_TEST_REQUIRE names the hardware that must be there, for instance sm90
 
 An environment with all that is needed is used as it is. Otherwise packages go to .venv, and a torch
 that python3 already has is used and never replaced. CI_TORCH=cpu or CI_TORCH=cuda chooses the build
@@ -271,10 +271,10 @@ command_line() {
 }
 
 gpu() {
-  [[ -n ${PORTABLE_MLA_REQUIRE:-} ]] || die "gpu: set PORTABLE_MLA_REQUIRE to the hardware this runner must have \
+  [[ -n ${PORTABLE_MLA_TEST_REQUIRE:-} ]] || die "gpu: set PORTABLE_MLA_TEST_REQUIRE to the hardware this runner must have \
 (for instance sm90, sm120, gfx942, gfx950), so that a run without it fails instead of skipping its tests"
   setup
-  say "PORTABLE_MLA_REQUIRE=$PORTABLE_MLA_REQUIRE"
+  say "PORTABLE_MLA_TEST_REQUIRE=$PORTABLE_MLA_TEST_REQUIRE"
   print_devices || die "gpu: torch $(torch_build) sees no GPU on this machine"
   command_line doctor
   run_tests "$@"
@@ -342,7 +342,7 @@ main() {
     tiles)
       [[ $# -ge 2 ]] || usage
       setup
-      PORTABLE_MLA_TILES=$2 run_tests tests/contract/test_contract.py tests/contract/test_edges.py tests/contract/test_prefill.py "${@:3}"
+      PORTABLE_MLA_TEST_TILES=$2 run_tests tests/contract/test_contract.py tests/contract/test_edges.py tests/contract/test_prefill.py "${@:3}"
       ;;
     gpu) gpu "${@:2}" ;;
     *) usage ;;

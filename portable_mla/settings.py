@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from portable_mla.core.arch import ARCHS
 from portable_mla.dispatch.registry import BACKENDS
 
 PREFIX = "PORTABLE_MLA_"
+TEST_PREFIX = "PORTABLE_MLA_TEST_"  # of variables that the tests read
 _BOOLEANS = {"0": False, "false": False, "off": False, "1": True, "true": True, "on": True}
 
 
@@ -26,9 +26,6 @@ class Settings:
     where that was measured to pay.
     debug: values are checked on the host at each plan and call, which syncs, and kernels assert on the device.
     prefill_workspace: bytes of expanded context that a chunked prefill holds at once, where the caller gives no memory.
-    require: architecture that must be present, or the test run stops (a GPU job cannot pass by skipping).
-    tiles: architecture whose tiles, and code where it runs, the tests try on another NVIDIA GPU.
-    hypothesis: property-test profile.
     disable: backends that are no candidates.
     """
 
@@ -39,9 +36,6 @@ class Settings:
     overlap: bool | None = None
     debug: bool = False
     prefill_workspace: int = 256 << 20
-    require: str | None = None
-    tiles: str | None = None
-    hypothesis: str | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -52,16 +46,12 @@ class Settings:
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
         for name, text in environ.items():
-            if not name.startswith(PREFIX):
+            if not name.startswith(PREFIX) or name.startswith(TEST_PREFIX):
                 continue
             variable = VARIABLES.get(name)
             if variable is None:
                 raise ValueError(f"{name}: unknown variable; allowed: {', '.join(VARIABLES)}")
-            words = [word.strip() for word in text.lower().split(",")] if variable.several else [text.lower()]
-            if any(word not in variable.allowed for word in words):
-                kind = "a comma list" if variable.several else "one"
-                raise ValueError(f"{name}: expected {kind} of {', '.join(variable.allowed)}, got {text!r}")
-            values[variable.field] = frozenset(words) if variable.several else variable.parse(words[0])
+            values[variable.field] = variable.read(name, text)
         return cls(**values)
 
 
@@ -75,6 +65,14 @@ class Variable:
     doc: str
     parse: Callable[[str], Any] = str
     several: bool = False  # a comma list of the allowed values
+
+    def read(self, name: str, text: str) -> Any:
+        """The value that `text` says; ValueError with what is allowed for any other."""
+        words = [word.strip() for word in text.lower().split(",")] if self.several else [text.lower()]
+        if any(word not in self.allowed for word in words):
+            kind = "a comma list" if self.several else "one"
+            raise ValueError(f"{name}: expected {kind} of {', '.join(self.allowed)}, got {text!r}")
+        return frozenset(words) if self.several else self.parse(words[0])
 
     @property
     def values(self) -> str:
@@ -109,17 +107,5 @@ VARIABLES: dict[str, Variable] = {
         "256",
         "MB of expanded context that a chunked prefill holds at once, where the caller gives no workspace",
         lambda megabytes: int(megabytes) << 20,
-    ),
-    f"{PREFIX}REQUIRE": Variable(
-        "require", tuple(ARCHS), "unset", "tests: stop unless this architecture is present", str
-    ),
-    f"{PREFIX}TILES": Variable(
-        "tiles",
-        tuple(name for name, arch in ARCHS.items() if arch.vendor == "nvidia"),
-        "unset",
-        "tests: only the portable kernels, with this architecture's tiles on another NVIDIA GPU",
-    ),
-    f"{PREFIX}HYPOTHESIS": Variable(
-        "hypothesis", ("dev", "ci", "nightly"), "dev, or ci where CI is set", "tests: property-test profile", str
     ),
 }

@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.errors import Unsatisfiable
 
-from portable_mla import NoBackend, Settings, UnsupportedDevice, arch_of
+from portable_mla import NoBackend, UnsupportedDevice, arch_of
+from tests.support.environment import HYPOTHESIS, REQUIRE, TILES, asked
 from tests.support.prefill_cases import prefill_targets
 from tests.support.targets import Target, local_targets
 
@@ -26,7 +27,7 @@ settings.register_profile(
     "ci", max_examples=150, deadline=None, suppress_health_check=_SLOW, derandomize=True, print_blob=True
 )
 settings.register_profile("nightly", max_examples=5000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
-settings.load_profile(Settings.from_env().hypothesis or ("ci" if os.environ.get("CI") else "dev"))
+settings.load_profile(asked(HYPOTHESIS) or ("ci" if os.environ.get("CI") else "dev"))
 
 _MARKERS = {
     "gpu": "any supported GPU",
@@ -53,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the hardware markers; compile for another architecture where its tiles are asked for."""
     for marker, needs in _MARKERS.items():
         config.addinivalue_line("markers", f"{marker}: needs {needs}")
-    if tiles := Settings.from_env().tiles:
+    if tiles := asked(TILES):
         _force(tiles)
 
 
@@ -64,21 +65,21 @@ def _force(tiles: str) -> None:
     try:
         arch_with_tiles_of(tiles, local)
     except ValueError as error:
-        raise pytest.UsageError(f"PORTABLE_MLA_TILES: {error}") from error
+        raise pytest.UsageError(f"PORTABLE_MLA_TEST_TILES: {error}") from error
     force_code(tiles, local)
 
 
 def pytest_report_header() -> str:
     """What this run can prove."""
     targets = ", ".join(str(target) for target in local_targets())
-    return f"portable_mla: {_local_arch()}, required {Settings.from_env().require or '-'}, targets {targets}"
+    return f"portable_mla: {_local_arch()}, required {asked(REQUIRE) or '-'}, targets {targets}"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Stop where the required hardware is absent: a GPU job must not pass by skipping."""
-    required = Settings.from_env().require
+    required = asked(REQUIRE)
     if required and not _present(required):
-        pytest.exit(f"PORTABLE_MLA_REQUIRE={required}, but this machine is {_local_arch()}", returncode=3)
+        pytest.exit(f"PORTABLE_MLA_TEST_REQUIRE={required}, but this machine is {_local_arch()}", returncode=3)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,9 +12,10 @@ from hypothesis import assume, event, example, given, note
 from hypothesis import strategies as st
 from torch import Tensor
 
-from portable_mla import Settings, merge_state, merge_states, mla_prefill
+from portable_mla import merge_state, merge_states, mla_prefill
 from tests.contract.test_contract import same
 from tests.support import prefill_cases
+from tests.support.environment import TILES, asked
 from tests.support.prefill_cases import (
     CONTENTS,
     GARBAGE,
@@ -220,7 +221,7 @@ def test_offsets_that_contradict_the_tensors_touch_no_memory_outside(target: Tar
 
 @pytest.mark.gpu
 def test_a_captured_prefill_is_right_at_any_lengths_of_as_many_tokens_and_sequences() -> None:
-    target = Target("cuda", "triton", Settings.from_env().tiles or "")
+    target = Target("cuda", "triton", asked(TILES) or "")
     first = build(PrefillCase((64, 100, 0), (64, 300, 0), padding=20, spare_keys=0), "cuda")
     out, lse = (tensor.clone() for tensor in run(target, first))
     graph = torch.cuda.CUDAGraph()
@@ -240,7 +241,7 @@ def test_a_captured_prefill_is_right_at_any_lengths_of_as_many_tokens_and_sequen
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", [0, 1], ids=["aligned", "unaligned"])
 def test_rows_beyond_2_to_the_31_elements_are_found(step: int) -> None:
-    target = Target("cuda", "triton", Settings.from_env().tiles or "")
+    target = Target("cuda", "triton", asked(TILES) or "")
     problem = build(PrefillCase((3, 66), (4, 66), 2, GEOMETRIES[-1], content="needle", padding=1), "cuda")
     far = {}
     for name in ("q", "k_nope", "k_pe", "v"):

@@ -10,6 +10,7 @@ from ci.evidence import read_evidence
 from portable_mla.core.arch import ARCHS
 from portable_mla.dispatch.registry import ORDER
 from portable_mla.settings import VARIABLES
+from tests.support.environment import TEST_VARIABLES
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -34,7 +35,7 @@ def support_matrix() -> str:
 def environment() -> str:
     """One row a variable."""
     rows = ["| variable | values | default | meaning |", "|---|---|---|---|"]
-    for name, variable in VARIABLES.items():
+    for name, variable in (VARIABLES | TEST_VARIABLES).items():
         rows.append(f"| `{name}` | {variable.values} | {variable.default} | {variable.doc} |")
     return "\n".join(rows)
 

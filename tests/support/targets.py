@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portable_mla import Request, Settings, UnsupportedDevice, arch_of, explain, mla_decode, select
+from portable_mla import Request, UnsupportedDevice, arch_of, explain, mla_decode, select
 from portable_mla.backends import reference
 from portable_mla.core.arch import Arch
 from portable_mla.decode.arguments import DecodeArguments
@@ -18,6 +18,7 @@ from portable_mla.dispatch.select import load
 from portable_mla.metadata import DecodeBuffers, Status
 from tests.support import acceptance
 from tests.support.cases import EXTREME, Case, Problem, build
+from tests.support.environment import TILES, asked
 
 # Vendors' libraries, measured on an H100: those that the acceptance rule finds worse than a good kernel, and by how
 # much. Of logits near 1e5 all three lose up to 2**-7 of a row, since they scale scores and subtract the maximum in one
@@ -148,9 +149,9 @@ def is_here(backend: str, device: str) -> bool:
 
 def local_targets() -> tuple[Target, ...]:
     """Every registered backend on every kind of device of this machine, without libraries that are not installed; or
-    the portable kernels with the tiles that PORTABLE_MLA_TILES names."""
+    the portable kernels with the tiles that PORTABLE_MLA_TEST_TILES names."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if tiles := Settings.from_env().tiles:
+    if tiles := asked(TILES):
         return (Target(devices[-1], "triton", tiles),)
     found = []
     for device in devices:

@@ -7,6 +7,7 @@ import pytest
 from portable_mla import MODELS, Capacity, MLAAttention, NoBackend, Settings, mla_decode
 from portable_mla.settings import VARIABLES
 from tests.support.cases import Case, build
+from tests.support.environment import REQUIRE, asked
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -76,3 +77,23 @@ def test_the_environment_can_ask_for_determinism(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PORTABLE_MLA_DETERMINISTIC", "1")
     shape, capacity = MODELS["deepseek-v3"].shape(tensor_parallel=8), Capacity(1, 1, 1, 64, 1)
     assert MLAAttention(shape, capacity, device="cpu").request.deterministic
+
+
+def test_variables_of_test_runs_are_none_of_the_librarys() -> None:
+    assert Settings.from_env({"PORTABLE_MLA_TEST_REQUIRE": "sm90"}) == Settings()
+
+
+def test_an_unknown_variable_of_test_runs_is_an_error_that_lists_the_known_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PORTABLE_MLA_TEST_REQUIRES", "sm90")
+    with pytest.raises(
+        ValueError, match="PORTABLE_MLA_TEST_REQUIRES: unknown variable; allowed: PORTABLE_MLA_TEST_REQ"
+    ):
+        asked(REQUIRE)
+
+
+def test_a_wrong_value_for_a_test_run_lists_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTABLE_MLA_TEST_REQUIRE", "sm91")
+    with pytest.raises(ValueError, match="PORTABLE_MLA_TEST_REQUIRE: expected one of cpu, sm80, .*, got 'sm91'"):
+        asked(REQUIRE)
